@@ -1,0 +1,93 @@
+"""pytest runs each notebook as one test: `nbdev_test` in a fresh process, on the CPU, under a time limit."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports JAX
+
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+NBDEV_TEST = Path(sys.executable).with_name("nbdev_test")
+LIMIT_S = 600
+SLOW_LIMIT_S = 1200
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run slow tests, and cells flagged `#| slow`")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "NotebookFile | None":
+    if file_path.suffix == ".ipynb" and file_path.parent == ROOT / "nbs":
+        return NotebookFile.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow") and not isinstance(item, Notebook):
+            item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+class NotebookFailed(Exception):
+    """A notebook's cell failed, or the notebook ran past its limit; the message is its output."""
+
+
+class NotebookFile(pytest.File):
+    def collect(self) -> Iterator["Notebook"]:
+        yield Notebook.from_parent(self, name=self.path.stem)
+
+
+class Notebook(pytest.Item):
+    """One notebook. Its slow cells run only with --slow; `-m slow` selects the notebooks that have some."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.add_marker(pytest.mark.timeout(0))  # the limit below also ends the processes that a cell started
+        if '"#| slow' in self.path.read_text(encoding="utf-8"):
+            self.add_marker("slow")
+
+    def runtest(self) -> None:
+        slow = self.config.getoption("--slow")
+        command = [NBDEV_TEST, "--path", self.path, "--flags", "slow" if slow else ""]
+        # CI=true gives hypothesis its repeatable profile without deadlines, which a busy machine would miss.
+        env = os.environ | {"MPLBACKEND": "agg", "CI": "true"}
+        limit = SLOW_LIMIT_S if slow else LIMIT_S
+        with tempfile.TemporaryFile("w+") as out:  # not a pipe, which a process left behind would hold open
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+            try:
+                process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                out.write(f"\n{self.path.name} was still running after {limit} s\n")
+            finally:
+                self.end_group(process)
+            out.seek(0)
+            if process.returncode:
+                raise NotebookFailed(out.read().strip())
+
+    @staticmethod
+    def end_group(process: subprocess.Popen) -> None:
+        """End what the notebook left behind: a server that a failed cell couldn't stop, for one."""
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo, style: str | None = None) -> str:
+        if isinstance(excinfo.value, NotebookFailed):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, self.path.stem
