@@ -1,0 +1,120 @@
+"""The engine's promise on a real (tiny, random) model: a request's tokens depend on nothing but the request."""
+
+import random
+
+import pytest
+from flax import nnx
+
+from tpu_mini_sglang.managers.io_struct import AbortReq, GenerateReq
+from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
+from tpu_mini_sglang.model_config import ModelConfig
+from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
+from tpu_mini_sglang.models.decoder import DecoderLM
+from tpu_mini_sglang.sampling.sampling_params import SamplingParams
+from tpu_mini_sglang.sharding import make_mesh
+
+TINY = ModelConfig("LlamaForCausalLM", 61, 32, 64, 2, 4, 2, 8, 128, dtype="float32", eos_token_ids=(0,))
+PAGE, CHUNK, ROWS = 4, 32, 4
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    """One runner with few pages; its programs serve every test of this file."""
+    model = DecoderLM(TINY, rngs=nnx.Rngs(1), dtype="float32")
+    # a random model's logits are nearly flat: sharpen them, so that sampling has something to choose
+    model.embed_tokens.embedding.value = model.embed_tokens.embedding.value * 30
+    runner = ModelRunner(model, TINY, make_mesh(), 40, PAGE, Buckets(CHUNK, ROWS, q_block=16))
+    runner.warmup(lambda line: None)
+    return runner
+
+
+def new_scheduler(runner: ModelRunner, policy: str = "fcfs", cache: bool = True) -> Scheduler:
+    """A scheduler over the shared runner, with nothing cached."""
+    limits = Limits(TINY.context_len, TINY.vocab_size, TINY.eos_token_ids, CHUNK, ROWS, policy, cache)
+    return Scheduler(runner, limits)
+
+
+def random_request(rid: str, rng: random.Random) -> GenerateReq:
+    """Any mixture of parameters; prompts from three prefixes, so that some are found in the cache."""
+    prompt = [rng.randrange(3) + 1] * rng.choice([4, 9, 17]) + [rng.randrange(1, 61) for _ in range(rng.randint(1, 8))]
+    params = SamplingParams(
+        temperature=rng.choice([0.0, 0.7, 1.3]),
+        top_k=rng.choice([-1, 3, 20]),
+        top_p=rng.choice([1.0, 0.8]),
+        min_p=rng.choice([0.0, 0.05]),
+        frequency_penalty=rng.choice([0.0, 0.5]),
+        presence_penalty=rng.choice([0.0, -0.5]),
+        repetition_penalty=rng.choice([1.0, 1.3]),
+        logit_bias=rng.choice([None, {7: 2.0, 9: -100.0}]),
+        seed=rng.randrange(2**32),
+        max_new_tokens=rng.randint(1, 30),
+        min_new_tokens=rng.choice([0, 1]),
+        ignore_eos=rng.random() < 0.5,
+    )
+    return GenerateReq(rid, prompt, params, logprobs=rng.random() < 0.3, top_logprobs=2)
+
+
+def serve(scheduler: Scheduler, waves: list[list[GenerateReq]]) -> dict[str, tuple[list[int], str]]:
+    """Step until idle, one wave of arrivals each second step; tokens and finish of each request."""
+    tokens: dict[str, list[int]] = {}
+    finish: dict[str, str] = {}
+    for step in range(4000):
+        incoming = waves[step // 2] if step % 2 == 0 and step // 2 < len(waves) else []
+        for out in scheduler.step(incoming):
+            tokens.setdefault(out.rid, []).extend(out.token_ids)
+            finish[out.rid] = out.finish.type if out.finish else "?"
+        check_pages(scheduler.state)
+        if not scheduler.has_work and step // 2 >= len(waves):
+            return {rid: (tokens[rid], finish[rid]) for rid in tokens}
+    raise TimeoutError("still busy")
+
+
+def alone(runner: ModelRunner, spec: GenerateReq) -> tuple[list[int], str]:
+    """What the request gets when nobody else is there and nothing is cached."""
+    return serve(new_scheduler(runner, cache=False), [[spec]])[spec.rid]
+
+
+@pytest.mark.parametrize("seed,policy,cache", [(0, "fcfs", True), (1, "lpm", True), (2, "fcfs", False)])
+def test_same_tokens_alone_in_a_crowd_cached_and_retracted(runner, seed, policy, cache):
+    """40 pages for up to 4 requests of up to 14 pages: the crowd meets the cache, chunked prefill and retraction."""
+    rng = random.Random(seed)
+    specs = [random_request(f"r{i}", rng) for i in range(24)]
+    scheduler = new_scheduler(runner, policy, cache)
+    crowd = serve(scheduler, [specs[i : i + 6] for i in range(0, 24, 6)])
+    again = serve(scheduler, [specs])  # now whole prompts lie in the cache
+    assert again == crowd
+    assert not cache or stats(scheduler.state)["cached_tokens"] > 0, "the test never met the cache"
+    for spec in specs:  # other schedulers over the same pool: from here on the first one's cache is void
+        assert crowd[spec.rid] == alone(runner, spec), spec
+
+
+def test_retraction_changes_no_token(runner):
+    """Long answers from short prompts: more is admitted than fits, so that requests must give way."""
+    params = [SamplingParams(temperature=1.0, seed=i, max_new_tokens=60, ignore_eos=True) for i in range(6)]
+    specs = [GenerateReq(f"r{i}", [i + 1, 2, 3], p) for i, p in enumerate(params)]
+    scheduler = new_scheduler(runner)
+    crowd = serve(scheduler, [specs])
+    assert stats(scheduler.state)["retractions"] > 0, "the test never met a retraction"
+    for spec in specs:
+        assert crowd[spec.rid] == alone(runner, spec)
+
+
+def test_aborted_neighbours_change_no_token(runner):
+    """Every second request is aborted on its way."""
+    rng = random.Random(5)
+    specs = [random_request(f"r{i}", rng) for i in range(12)]
+    scheduler, got = new_scheduler(runner), {}
+    incoming: list = list(specs)
+    for step in range(600):
+        for out in scheduler.step(incoming):
+            got[out.rid] = (out.token_ids, out.finish.type if out.finish else "?")
+        check_pages(scheduler.state)
+        incoming = [AbortReq(f"r{step}")] if step % 2 and step < 12 else []
+    assert not scheduler.has_work
+    for spec in specs[::2]:
+        assert got[spec.rid] == alone(runner, spec)
+
+
+def test_nothing_compiles_after_warmup(runner):
+    """The tests before this one have sent every shape of traffic."""
+    assert runner.num_compiles == len(runner.buckets.all())
