@@ -1,0 +1,385 @@
+"""A server as its users meet it: processes, sockets, the official client, bad input, and sudden death."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+LINUX = sys.platform == "linux"
+# The toy answers each prompt with itself, and would answer for minutes if asked for millions of tokens.
+TOY = """
+import sys
+from tpu_mini_sglang.entrypoints.engine import toy_front
+from tpu_mini_sglang.launch_server import Builders, StartError, launch
+from tpu_mini_sglang.managers.detokenizer_manager import toy_detokenizer, toy_scheduler
+from tpu_mini_sglang.server_args import ServerArgs
+args = ServerArgs(port=int(sys.argv[1]), served_model_name="toy", context_length=4_000_000, api_key=sys.argv[2] or None)
+try:
+    sys.exit(launch(args, Builders(toy_front, toy_scheduler, toy_detokenizer)))
+except StartError as error:
+    sys.exit(f"error: {error}")
+"""
+FOREVER = {"prompt": "Hello ", "max_tokens": 3_900_000, "ignore_eos": True}
+
+
+class Server:
+    """A server in processes of its own."""
+
+    def __init__(self, command: list[str]):
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        self.lines: list[str] = []
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if line.startswith("Ready"):
+                self.url = line.split()[-1]
+                break
+        else:
+            raise AssertionError("the server did not start:\n" + "".join(self.lines))
+        self.rest = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
+        self.rest.start()
+
+    def children(self) -> list[int]:
+        """Process ids of scheduler and detokenizer, in this order."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
+        return [pid for pid, command in commands.items() if "spawn_main" in command]
+
+    def end(self, sign: int = signal.SIGTERM, limit: float = 20) -> int:
+        """Send a signal and wait; the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(sign)
+        try:
+            code = self.process.wait(limit)
+        finally:
+            self.process.kill()
+        self.rest.join()
+        return code
+
+
+def start_toy(port: int = 0, key: str = "") -> Server:
+    return Server([sys.executable, "-c", TOY, str(port), key])
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[Server]:
+    server = start_toy()
+    yield server
+    assert server.end() == 0, "".join(server.lines)
+
+
+@pytest.fixture
+def client(toy: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=toy.url + "/v1", api_key="-", max_retries=0, _strict_response_validation=True)
+
+
+def eventually(condition: Callable[[], bool], limit: float = 10) -> bool:
+    """Whether the condition comes true in time."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_idle(url: str) -> bool:
+    info = httpx.get(url + "/get_server_info").json()
+    return info["pending"] == 0 and info["internal_states"][0]["running"] == 0
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def in_background(calls: list[Callable[[], httpx.Response]]) -> Callable[[], list[tuple[int, str]]]:
+    """Start calls on threads; the function that waits for their statuses and texts."""
+    results: list[tuple[int, str]] = []
+
+    def run(call: Callable[[], httpx.Response]) -> None:
+        reply = call()
+        results.append((reply.status_code, reply.text))
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+
+    def wait() -> list[tuple[int, str]]:
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive(), "a client hangs"
+        return results
+
+    return wait
+
+
+def ask_forever(url: str) -> Callable[[], list[tuple[int, str]]]:
+    """Two clients, a stream and a whole answer, whose requests are running when this returns."""
+    bodies = [FOREVER | {"stream": stream} for stream in (True, False)]
+    post = [lambda b=body: httpx.post(url + "/v1/completions", json=b, timeout=60) for body in bodies]
+    wait = in_background(post)
+    running = lambda: httpx.get(url + "/get_server_info").json()["pending"]  # noqa: E731
+    assert eventually(lambda: running() == 2)
+    return wait
+
+
+def test_official_client(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Füße 🚀"}]
+    whole = client.chat.completions.create(model="toy", messages=messages, n=2, logprobs=True, top_logprobs=2, seed=1)
+    assert [c.message.content for c in whole.choices] == ["user\nFüße 🚀"] * 2
+    assert {c.finish_reason for c in whole.choices} == {"stop"}
+    assert (
+        whole.usage is not None
+        and whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    )
+    content = whole.choices[0].logprobs.content
+    assert bytes(b for t in content[1:] for b in t.bytes).decode() == "user\nFüße 🚀"
+
+    options = {"include_usage": True}
+    chunks = list(client.chat.completions.create(model="toy", messages=messages, stream=True, stream_options=options))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "user\nFüße 🚀"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], whole.usage.completion_tokens // 2)
+
+    texts = client.completions.create(model="toy", prompt=["abc", "de"], max_tokens=3, logprobs=1, echo=None)
+    assert [c.text for c in texts.choices] == ["abc", "ded"]
+    assert [m.id for m in client.models.list()] == ["toy"] and client.models.retrieve("toy").id == "toy"
+
+
+def test_official_client_errors(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="toy", messages=messages, temperature=3)
+    assert refused.value.param == "temperature" and "less than or equal to 2" in refused.value.message
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(
+            model="toy", messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt", messages=messages)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+
+
+BAD: dict[str, tuple[str, object, int]] = {
+    "empty": ("/generate", b"", 400),
+    "cut off": ("/generate", b'{"text": "a', 400),
+    "not an object": ("/generate", b"[]", 400),
+    "not UTF-8": ("/generate", b'{"text": "\xff"}', 400),
+    "half a surrogate pair": ("/v1/completions", b'{"prompt": "\\ud800"}', 400),
+    "NaN": ("/v1/completions", b'{"prompt": "x", "temperature": NaN}', 400),
+    "Infinity by overflow": ("/v1/completions", b'{"prompt": "x", "temperature": 1e999}', 400),
+    "twice the same key": ("/generate", b'{"text": "x", "text": "y"}', 400),
+    "deep nesting": ("/generate", b"[" * 200_000, 400),
+    "huge integer": ("/generate", b'{"text": ' + b"1" * 10_000 + b"}", 400),
+    "too large": ("/generate", b" " * (5 << 20), 413),
+    "unknown field": ("/generate", {"text": "x", "foo": 1}, 400),
+    "unknown parameter": ("/generate", {"text": "x", "sampling_params": {"temprature": 1}}, 400),
+    "no prompt": ("/generate", {}, 400),
+    "two prompts": ("/generate", {"text": "x", "input_ids": [1]}, 400),
+    "token out of range": ("/generate", {"input_ids": [258]}, 400),
+    "negative token": ("/generate", {"input_ids": [-1]}, 400),
+    "no tokens": ("/generate", {"input_ids": []}, 400),
+    "boolean token": ("/generate", {"input_ids": [True]}, 400),
+    "too many new tokens": ("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 4_000_000}}, 400),
+    "error in a stream": ("/generate", {"text": "", "stream": True}, 400),
+    "empty messages": ("/v1/chat/completions", {"messages": []}, 400),
+    "unknown role": ("/v1/chat/completions", {"messages": [{"role": "boss", "content": "x"}]}, 400),
+    "image": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
+    "text as a number": ("/v1/completions", {"prompt": "x", "temperature": "1"}, 400),
+    "n of zero": ("/v1/completions", {"prompt": "x", "n": 0}, 400),
+    "n beyond all bounds": ("/v1/completions", {"prompt": ["x"] * 100, "n": 128}, 400),
+    "too many stops": ("/v1/completions", {"prompt": "x", "stop": ["a"] * 17}, 400),
+    "logit_bias without a token": ("/v1/completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400),
+    "unsupported": ("/v1/completions", {"prompt": "x", "best_of": 2}, 400),
+    "wrong model": ("/v1/completions", {"prompt": "x", "model": "gpt"}, 404),
+    "wrong path": ("/v1/nothing", {}, 404),
+    "nothing to abort": ("/abort_request", {}, 400),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(toy: Server, name: str) -> None:
+    path, body, status = BAD[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        reply = httpx.post(toy.url + path, content=content, headers={"content-type": "application/json"}, timeout=20)
+    except httpx.WriteError:  # it hung up while we were still sending, as it may with 413
+        assert status == 413
+        return
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+def talk(url: str, data: bytes) -> bytes:
+    """Send raw bytes, read to the end."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(data)
+        received = b""
+        try:
+            while part := connection.recv(65536):
+                received += part
+        except TimeoutError:
+            pass
+        return received
+
+
+def test_raw_http(toy: Server) -> None:
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    assert b" 400 " in talk(toy.url, b"not http at all\r\n\r\n")[:20]
+    assert b" 400 " in talk(toy.url, head + b"Content-Length: minus one\r\n\r\n{}")[:20]
+    assert b" 413 " in talk(toy.url, head + b"Content-Length: 99999999999\r\n\r\n{}")[:20]
+    assert b" 400 " in talk(toy.url, head + b'Content-Length: 5\r\n\r\n{"text": "x"}')[:20]
+    assert (
+        b" 400 "
+        in talk(toy.url, head.replace(b"application/json", b"text/plain") + b"Content-Length: 2\r\n\r\n{}")[:20]
+    )
+    assert httpx.get(toy.url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_who_leaves_is_aborted(toy: Server, stream: bool) -> None:
+    body = json.dumps(FOREVER | {"stream": stream}).encode()
+    host, port = toy.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert eventually(lambda: not is_idle(toy.url))
+    assert eventually(lambda: is_idle(toy.url))
+
+
+def test_stop_string_ends_the_request(toy: Server) -> None:
+    reply = httpx.post(toy.url + "/v1/completions", json=FOREVER | {"prompt": "one END two", "stop": "END"}).json()
+    assert (reply["choices"][0]["text"], reply["choices"][0]["finish_reason"]) == ("one ", "stop")
+    assert eventually(lambda: is_idle(toy.url))
+
+
+def test_abort_by_name(toy: Server) -> None:
+    body = {"text": "x", "rid": "mine", "sampling_params": {"max_new_tokens": 3_000_000}}
+    wait = in_background([lambda: httpx.post(toy.url + "/generate", json=body, timeout=60)])
+    assert eventually(lambda: httpx.post(toy.url + "/abort_request", json={"rid": "mine"}).json()["aborted"] == 1)
+    ((status, text),) = wait()
+    assert status == 200 and json.loads(text)["meta_info"]["finish_reason"]["type"] == "abort"
+    assert eventually(lambda: is_idle(toy.url))
+
+
+def test_sglang_routes(toy: Server) -> None:
+    assert httpx.get(toy.url + "/health_generate").status_code == 200
+    assert httpx.get(toy.url + "/get_model_info").json()["served_model_name"] == "toy"
+    assert httpx.post(toy.url + "/flush_cache").json()["success"]
+    body = {"text": ["ab", "c"], "sampling_params": [{"max_new_tokens": 2}, {"max_new_tokens": 1, "n": 2}]}
+    answers = httpx.post(toy.url + "/generate", json=body | {"return_logprob": True}).json()
+    assert [a["text"] for a in answers] == ["ab", "c", "c"]
+    assert len(answers[0]["meta_info"]["output_token_logprobs"]) == 2
+    lines = httpx.post(toy.url + "/generate", json={"text": "abc", "stream": True}).text.split("\n\n")
+    assert (
+        lines[-2:] == ["data: [DONE]", ""]
+        and json.loads(lines[-3][6:])["meta_info"]["finish_reason"]["type"] == "length"
+    )
+
+
+def test_many_clients_get_their_own_answers(toy: Server) -> None:
+    def post(i: int) -> httpx.Response:
+        return httpx.post(toy.url + "/generate", json={"text": f"[{i}]", "sampling_params": {"max_new_tokens": 40 + i}})
+
+    results = in_background([lambda i=i: post(i) for i in range(40)])()
+    answers = [json.loads(text)["text"] for status, text in results if status == 200]
+    assert sorted(answers) == sorted((f"[{i}]" * 99)[: 40 + i] for i in range(40))
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_the_front_end_loads_no_jax(toy: Server) -> None:
+    assert "jaxlib" not in Path(f"/proc/{toy.process.pid}/maps").read_text()
+
+
+def test_api_key_and_port() -> None:
+    server = start_toy(key="s3cret")
+    try:
+        replies = [httpx.get(server.url + "/v1/models", headers=h) for h in ({}, {"authorization": "Bearer s3cret"})]
+        assert [r.status_code for r in replies] == [401, 200]
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert "s3cret" not in "".join(server.lines)
+        port = server.url.rsplit(":", 1)[1]
+        second = subprocess.run([sys.executable, "-c", TOY, port, ""], capture_output=True, text=True, timeout=60)
+        assert (second.returncode, f"--port {port}" in second.stderr) == (1, True)
+    finally:
+        assert server.end(signal.SIGINT) == 0
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.parametrize("victim", [0, 1], ids=["scheduler", "detokenizer"])
+def test_death_of_a_child_reaches_everybody(victim: int) -> None:
+    server = start_toy()
+    children = server.children()
+    wait = ask_forever(server.url)
+    os.kill(children[victim], signal.SIGKILL)
+    results = sorted(wait())
+    assert [status for status, _ in results] == [200, 503]
+    assert "ended unexpectedly" in results[1][1]
+    assert results[0][1].endswith("data: [DONE]\n\n") and '"error"' in results[0][1].split("\n\n")[-3]
+    assert server.process.wait(20) == 1
+    server.end()
+    assert any("ended unexpectedly" in line for line in server.lines)
+    assert eventually(lambda: all(is_gone(pid) for pid in children))
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_sigterm_ends_everything_in_good_order() -> None:
+    server = start_toy()
+    children = server.children()
+    wait = ask_forever(server.url)
+    start = time.monotonic()
+    assert server.end() == 0
+    assert time.monotonic() - start < 15
+    assert sorted(status for status, _ in wait()) == [200, 503]
+    assert eventually(lambda: all(is_gone(pid) for pid in children))
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_children_die_with_a_killed_parent() -> None:
+    server = start_toy()
+    children = server.children()
+    server.end(signal.SIGKILL)
+    assert len(children) == 2 and eventually(lambda: all(is_gone(pid) for pid in children))
+
+
+@pytest.mark.slow
+def test_the_default_model_over_http() -> None:
+    """The engine's whole way, with the model that needs no argument."""
+    small = ["--context-length", "512", "--max-running-requests", "4", "--chunked-prefill-size", "64"]
+    server = Server([sys.executable, "-m", "tpu_mini_sglang.launch_server", "--port", "0", *small])
+    try:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="-", timeout=120, max_retries=0)
+        model = client.models.list().data[0].id
+        ask = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+        greedy = client.chat.completions.create(**ask, temperature=0, max_tokens=24)
+        assert "Paris" in greedy.choices[0].message.content
+        pieces = client.chat.completions.create(**ask, temperature=0, max_tokens=24, stream=True)
+        assert "".join(c.choices[0].delta.content or "" for c in pieces) == greedy.choices[0].message.content
+        sampled = [client.chat.completions.create(**ask, seed=7, max_tokens=16) for _ in range(2)]
+        assert sampled[0].choices[0].message.content == sampled[1].choices[0].message.content
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            client.chat.completions.create(**ask, max_tokens=5000)
+        assert httpx.get(server.url + "/health_generate", timeout=60).status_code == 200
+        info = httpx.get(server.url + "/get_server_info").json()["internal_states"][0]
+        assert info["running"] == 0 and info["cached_tokens"] > 0
+    finally:
+        assert server.end() == 0
