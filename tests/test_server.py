@@ -16,19 +16,7 @@ import openai
 import pytest
 
 LINUX = sys.platform == "linux"
-# The toy answers each prompt with itself, and would answer for minutes if asked for millions of tokens.
-TOY = """
-import sys
-from tpu_mini_sglang.entrypoints.engine import toy_front
-from tpu_mini_sglang.launch_server import Builders, StartError, launch
-from tpu_mini_sglang.managers.detokenizer_manager import toy_detokenizer, toy_scheduler
-from tpu_mini_sglang.server_args import ServerArgs
-args = ServerArgs(port=int(sys.argv[1]), served_model_name="toy", context_length=4_000_000, api_key=sys.argv[2] or None)
-try:
-    sys.exit(launch(args, Builders(toy_front, toy_scheduler, toy_detokenizer)))
-except StartError as error:
-    sys.exit(f"error: {error}")
-"""
+TOY = [sys.executable, str(Path(__file__).with_name("toy_server.py"))]
 FOREVER = {"prompt": "Hello ", "max_tokens": 3_900_000, "ignore_eos": True}
 
 
@@ -68,7 +56,7 @@ class Server:
 
 
 def start_toy(port: int = 0, key: str = "") -> Server:
-    return Server([sys.executable, "-c", TOY, str(port), key])
+    return Server([*TOY, str(port), key])
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +306,7 @@ def test_api_key_and_port() -> None:
         assert httpx.get(server.url + "/health").status_code == 200
         assert "s3cret" not in "".join(server.lines)
         port = server.url.rsplit(":", 1)[1]
-        second = subprocess.run([sys.executable, "-c", TOY, port, ""], capture_output=True, text=True, timeout=60)
+        second = subprocess.run([*TOY, port, ""], capture_output=True, text=True, timeout=60)
         assert (second.returncode, f"--port {port}" in second.stderr) == (1, True)
     finally:
         assert server.end(signal.SIGINT) == 0
@@ -376,6 +364,17 @@ def test_the_default_model_over_http() -> None:
         assert "".join(c.choices[0].delta.content or "" for c in pieces) == greedy.choices[0].message.content
         sampled = [client.chat.completions.create(**ask, seed=7, max_tokens=16) for _ in range(2)]
         assert sampled[0].choices[0].message.content == sampled[1].choices[0].message.content
+        crowd: dict[int, str] = {}
+
+        def sample(seed: int) -> str:
+            return client.chat.completions.create(**ask, seed=seed, max_tokens=16).choices[0].message.content
+
+        threads = [threading.Thread(target=lambda s=s: crowd.update({s: sample(s)})) for s in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert crowd == {seed: sample(seed) for seed in range(8)}, "a crowd of eight on four rows changes an answer"
         with pytest.raises(openai.BadRequestError, match="max_tokens"):
             client.chat.completions.create(**ask, max_tokens=5000)
         assert httpx.get(server.url + "/health_generate", timeout=60).status_code == 200

@@ -242,7 +242,7 @@ def greeting(
     """What to try first."""
     host = f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '[::]') else host}:{port}"
-    key = "" if args.api_key is None else " -H \"Authorization: Bearer $API_KEY\""
+    key = "" if args.api_key is None else ' -H "Authorization: Bearer $API_KEY"'
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     curl = f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     return f"Ready: {model} answers at {url}\nTry:   {curl}"

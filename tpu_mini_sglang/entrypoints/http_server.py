@@ -79,7 +79,7 @@ def finite_number(
         raise ValueError("a number is not finite")
     return value
 
-# %% ../../nbs/40_server.ipynb #bb63a627
+# %% ../../nbs/40_server.ipynb #d1596545
 def parse_json(
     body: bytes,  # what the client sent
 ) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def parse_json(
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except json.JSONDecodeError as error:
-        raise RequestError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+        what = error.msg.removesuffix(" at")
+        raise RequestError(f"the body is not valid JSON: {what} at character {error.pos}") from None
     except UnicodeError:
         raise RequestError("the body is not valid UTF-8 text") from None
     except RecursionError:

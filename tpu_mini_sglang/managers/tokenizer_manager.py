@@ -6,7 +6,7 @@
 __all__ = ['RequestError', 'GenerateInput', 'Limits', 'check_prompt', 'check_sampling', 'expand', 'Output', 'Call',
            'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard', 'TokenizerManager']
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #4b47ab42
+# %% ../../nbs/37_tokenizer_manager.ipynb #c03c9e07
 """The front end's half of the engine: checks requests, sends them, and hands each answer to who waits for it."""
 
 import asyncio
@@ -32,7 +32,7 @@ from tpu_mini_sglang.managers.io_struct import (
     TokenLogprob,
 )
 from ..sampling.sampling_params import MAX_TOP_LOGPROBS, ParamError, SamplingParams, fold_seed
-from ..tokenizer import TemplateError, Tokenizer
+from ..tokenizer import TemplateError, TextError, Tokenizer
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #59067da7
 class RequestError(ValueError):
@@ -86,24 +86,23 @@ def check_prompt(
             raise RequestError(f"prompt token {i} is {token!r}: ids lie in [0, {limits.vocab_size})", param="prompt")
     return list(ids)
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #1d913738
+# %% ../../nbs/37_tokenizer_manager.ipynb #afbce6ad
 def check_sampling(
     item: GenerateInput,  # whose parameters to check
     prompt_len: int,  # tokens in its prompt
     limits: Limits,  # of this model
 ) -> SamplingParams:
     """The parameters, cut to the context where the caller left the length open; RequestError names the field."""
-    sampling = item.sampling
-    budget = sampling.token_budget(limits.context_len, prompt_len)
+    sampling, room = item.sampling, (limits.context_len, prompt_len)
     if item.cap:
-        sampling = msgspec.structs.replace(sampling, max_new_tokens=budget)
+        sampling = msgspec.structs.replace(sampling, max_new_tokens=sampling.token_budget(*room))
     if not 0 <= item.top_logprobs <= MAX_TOP_LOGPROBS:
         raise RequestError(f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}]", param="top_logprobs")
     try:
-        sampling.validate(limits.vocab_size, limits.context_len, prompt_len)
+        sampling.validate(limits.vocab_size, *room)
     except ParamError as error:
         raise RequestError(str(error), param=error.field) from None
-    return msgspec.structs.replace(sampling, max_new_tokens=budget)
+    return msgspec.structs.replace(sampling, max_new_tokens=sampling.token_budget(*room))
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #f60d06a0
 def expand(
@@ -307,7 +306,7 @@ class AbortingTable(RequestTable):
         self.dead = self.dead or message
         self.end(list(self.live), FinishReason(type="error", message=message, status=503))
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #176e813b
+# %% ../../nbs/37_tokenizer_manager.ipynb #aab140f4
 class TokenizerDesk(AbortingTable):
     """The table with a tokenizer: makes messages of what callers bring."""
 
@@ -334,7 +333,7 @@ class TokenizerDesk(AbortingTable):
         """The prompt's token ids, by the model's chat template."""
         try:
             return await self.in_worker(self.tokenizer.apply_chat_template, messages)
-        except TemplateError as error:
+        except (TemplateError, TextError) as error:
             raise RequestError(f"messages: {error}", param="messages") from None
 
     async def prepare(
@@ -342,12 +341,17 @@ class TokenizerDesk(AbortingTable):
         item: GenerateInput,  # unchecked
     ) -> list[GenerateReq]:
         """Tokenize, check, expand."""
-        ids = await self.in_worker(self.tokenizer.encode, item.prompt) if isinstance(item.prompt, str) else item.prompt
+        ids: Any = item.prompt
+        if isinstance(ids, str):
+            try:
+                ids = await self.in_worker(self.tokenizer.encode, ids)
+            except TextError as error:
+                raise RequestError(f"prompt: {error}", param="prompt") from None
         ids = check_prompt(ids, self.limits)
         sampling = check_sampling(item, len(ids), self.limits)
         return expand(item, ids, sampling, lambda: self.random.getrandbits(32))
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #5fbb5a57
+# %% ../../nbs/37_tokenizer_manager.ipynb #aec839df
 class Switchboard(TokenizerDesk):
     """The desk with its answers coming in: text for who waits, and replies to control requests."""
 
@@ -366,7 +370,9 @@ class Switchboard(TokenizerDesk):
             if isinstance(message, TextOut):
                 self.handle(message)
             elif isinstance(message, ControlOut) and message.rid in self.controls:
-                self.controls.pop(message.rid).set_result(message)
+                waiter = self.controls.pop(message.rid)
+                if not waiter.done():  # whoever asked may have left a moment ago
+                    waiter.set_result(message)
 
     def fail_all(
         self,
@@ -379,7 +385,7 @@ class Switchboard(TokenizerDesk):
                 waiter.set_exception(RequestError(message, 503, code="server_error"))
         self.controls.clear()
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #aa9b04c0
+# %% ../../nbs/37_tokenizer_manager.ipynb #80699367
 class TokenizerManager(Switchboard):
     """Text and parameters in, a stream of answers out."""
 
@@ -388,7 +394,7 @@ class TokenizerManager(Switchboard):
         items: list[GenerateInput],  # the prompts of one call
     ) -> AsyncGenerator[Output, None]:
         """Each answer whenever it grew (or, without `stream`, when it ended). Leaving the loop aborts the rest."""
-        self.admit(sum(item.sampling.n for item in items))  # before any work
+        self.admit(len(items))  # before any work; `open` counts again, with a checked n
         reqs = [req for item in items for req in await self.prepare(item)]
         call, stream = self.open(reqs), any(item.stream for item in items)
         try:

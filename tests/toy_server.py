@@ -1,0 +1,32 @@
+"""A server without a model, in three processes: `toy_server.py PORT API_KEY`. It answers each prompt with itself."""
+
+import sys
+import time
+
+from tpu_mini_sglang.entrypoints.engine import toy_front
+from tpu_mini_sglang.launch_server import Builders, StartError, launch
+from tpu_mini_sglang.managers.detokenizer_manager import EchoScheduler, toy_detokenizer, toy_scheduler
+from tpu_mini_sglang.managers.io_struct import Message
+from tpu_mini_sglang.server_args import ServerArgs
+
+
+class PacedScheduler(EchoScheduler):
+    """At most a thousand steps a second, so that a long answer is slow rather than a flood."""
+
+    def step(self, incoming: list[Message]) -> list[Message]:
+        if self.live:
+            time.sleep(0.001)
+        return super().step(incoming)
+
+
+def paced_scheduler(args: ServerArgs) -> PacedScheduler:
+    return PacedScheduler(toy_scheduler(args).eos)
+
+
+if __name__ == "__main__":
+    port, key = sys.argv[1:]
+    args = ServerArgs(port=int(port), served_model_name="toy", context_length=4_000_000, api_key=key or None)
+    try:
+        sys.exit(launch(args, Builders(toy_front, paced_scheduler, toy_detokenizer)))
+    except StartError as error:
+        sys.exit(f"error: {error}")
