@@ -155,7 +155,7 @@ def child_main(
     die_with_parent(parent)
     serve_core(lambda: build(args), inbox, outbox, ready)
 
-# %% ../nbs/40b_launch.ipynb #24027d42
+# %% ../nbs/40b_launch.ipynb #d8044a58
 @dataclass
 class Child:
     """A started child process."""
@@ -172,7 +172,7 @@ class Child:
             self.process.kill()
             self.process.join()
 
-
+# %% ../nbs/40b_launch.ipynb #bcbd60bf
 def start_child(
     role: str,  # name in messages
     build: Callable[[ServerArgs], Any],  # makes the manager
@@ -233,7 +233,7 @@ def bind(
     may_share(listener, False)  # not with a second server: Linux would let it in until one of the two listens
     return listener
 
-# %% ../nbs/40b_launch.ipynb #8bef12b3
+# %% ../nbs/40b_launch.ipynb #3f5c5659
 def greeting(
     args: ServerArgs,  # host and key
     port: int,  # the port it got

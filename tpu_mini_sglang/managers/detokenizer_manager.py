@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'toy_tokenizer', 'RequestState', 'open_state', 'feed', 'ends_in_stop_token', 'text_out', 'detokenize',
-           'DetokenizerManager', 'Core', 'pull', 'push', 'receive', 'pump', 'Echo', 'act', 'EchoScheduler',
-           'toy_scheduler', 'toy_detokenizer']
+           'find_state', 'stateless', 'DetokenizerManager', 'Core', 'pull', 'push', 'receive', 'pump', 'Echo',
+           'next_token', 'act', 'EchoScheduler', 'toy_scheduler', 'toy_detokenizer']
 
 # %% ../../nbs/36_detokenizer.ipynb #38485028
 """Turns tokens into text that never has to be taken back; and the shell that makes a process of a manager."""
@@ -132,7 +132,28 @@ def detokenize(
         return text_out(message, text, message.finish, len(message.token_ids))
     return text_out(message, text, FinishReason(type="stop", matched=stopped), used)
 
-# %% ../../nbs/36_detokenizer.ipynb #ba56e98a
+# %% ../../nbs/36_detokenizer.ipynb #027bccd9
+def find_state(
+    states: dict[str, RequestState],  # of live requests; changed in place
+    message: TokenOut,  # new tokens of one request
+    tokenizer: Tokenizer,  # the model's tokenizer
+    room: int,  # states there may be
+) -> RequestState | None:  # None: the request has ended, was refused, or finds no room
+    """The request's state; its first message opens it."""
+    if message.init is not None and message.rid not in states and len(states) < room:
+        states[message.rid] = open_state(tokenizer, message.init)
+    return states.get(message.rid)
+
+
+def stateless(
+    message: TokenOut,  # of a request without a state
+) -> TextOut | None:  # None: nobody wants to know
+    """An error where there was no room; endings pass; late tokens fall away."""
+    if message.init is not None:
+        return text_out(message, "", FinishReason("error", message="the detokenizer is full", status=503), 0)
+    return None if message.finish is None else text_out(message, "", message.finish, len(message.token_ids))
+
+# %% ../../nbs/36_detokenizer.ipynb #16bcc5e0
 class DetokenizerManager:
     """Turns the scheduler's token messages into text messages. Does no I/O."""
 
@@ -158,15 +179,10 @@ class DetokenizerManager:
         self,
         message: TokenOut,  # new tokens of one request
     ) -> TextOut | None:  # None: tokens of a request that has ended
-        """Text of one message; opens the request's state at its first and drops it at its last."""
-        if message.init is not None and message.rid not in self.states:
-            if len(self.states) >= self.max_requests:
-                full = FinishReason(type="error", message="the detokenizer is full", status=503)
-                return text_out(message, "", full, 0)
-            self.states[message.rid] = open_state(self.tokenizer, message.init)
-        state = self.states.get(message.rid)
+        """Text of one message; its state is dropped with its last."""
+        state = find_state(self.states, message, self.tokenizer, self.max_requests)
         if state is None:
-            return None if message.finish is None else text_out(message, "", message.finish, len(message.token_ids))
+            return stateless(message)
         text = detokenize(state, message)
         if text.finish is not None:
             del self.states[message.rid]
@@ -230,7 +246,7 @@ def pump(
             if outgoing:
                 outbox.send(encode(outgoing))
 
-# %% ../../nbs/36_detokenizer.ipynb #215f0782
+# %% ../../nbs/36_detokenizer.ipynb #08e7ebea
 @dataclass
 class Echo:
     """A request that the EchoScheduler answers."""
@@ -250,20 +266,21 @@ class Echo:
         first = self.done == len(token_ids)
         return TokenOut(req.rid, token_ids, len(req.input_ids), self.done, 0, finish, logprobs, init if first else None)
 
-    def next(
-        self,
-        eos: list[int],  # tokens that end an answer
-    ) -> TokenOut:
-        """The prompt again, token by token, from its start."""
-        req, params = self.req, self.req.sampling
-        token = req.input_ids[self.done % len(req.input_ids)]
-        self.done += 1
-        stops = [*params.stop_token_ids, *([] if params.ignore_eos else eos)]
-        finish = FinishReason("length") if self.done == params.max_new_tokens else None
-        if token in stops and self.done > params.min_new_tokens:
-            finish = FinishReason("stop", matched=token)
-        logprob = [TokenLogprob(token, -0.5, [(token, -0.5), (0, -1.0)][: req.top_logprobs])]
-        return self.out([token], finish, logprob if req.logprobs else None)
+# %% ../../nbs/36_detokenizer.ipynb #34371c11
+def next_token(
+    echo: Echo,  # a live request; counted on
+    eos: list[int],  # tokens that end an answer
+) -> TokenOut:
+    """The prompt again, token by token, from its start."""
+    req, params = echo.req, echo.req.sampling
+    token = req.input_ids[echo.done % len(req.input_ids)]
+    echo.done += 1
+    stops = [*params.stop_token_ids, *([] if params.ignore_eos else eos)]
+    finish = FinishReason("length") if echo.done == params.max_new_tokens else None
+    if token in stops and echo.done > params.min_new_tokens:
+        finish = FinishReason("stop", matched=token)
+    logprob = [TokenLogprob(token, -0.5, [(token, -0.5), (0, -1.0)][: req.top_logprobs])]
+    return echo.out([token], finish, logprob if req.logprobs else None)
 
 # %% ../../nbs/36_detokenizer.ipynb #a56468af
 def act(
@@ -281,7 +298,7 @@ def act(
             return [ControlOut(message.rid, True, {"running": len(live)})]
     return []
 
-# %% ../../nbs/36_detokenizer.ipynb #0ba0dfbe
+# %% ../../nbs/36_detokenizer.ipynb #d65dddbc
 class EchoScheduler:
     """The scheduler's interface without a model: answers each prompt with itself. For work on everything around it."""
 
@@ -302,7 +319,7 @@ class EchoScheduler:
     ) -> list[Message]:
         """One token for each live request."""
         out = [answer for message in incoming for answer in act(self.live, message)]
-        tokens = [echo.next(self.eos) for echo in self.live.values()]
+        tokens = [next_token(echo, self.eos) for echo in self.live.values()]
         for token in tokens:
             if token.finish is not None:
                 del self.live[token.rid]
