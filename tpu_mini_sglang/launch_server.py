@@ -432,6 +432,5 @@ def main(
         return 130
 
 # %% ../nbs/40b_launch.ipynb #5aef0d31
-#| eval: false
 if __name__ == "__main__" and "__file__" in globals():  # run as a program, not as a notebook's cell
     sys.exit(main())

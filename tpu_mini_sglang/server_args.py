@@ -137,7 +137,9 @@ class ServerArgs(Flags):
 
     random_seed: int = flag(0, "root of the seeds of requests that name none", bounds=(0, 2**32 - 1))
     skip_server_warmup: bool = flag(False, "accept requests at once and compile when they come")
-    compilation_cache_dir: str | None = flag(None, "where compiled programs are kept between starts")
+    compilation_cache_dir: str | None = flag(
+        None, "where compiled programs are kept between starts (default: with the downloads)"
+    )
 
     def validate(self) -> None:
         super().validate()

@@ -60,8 +60,10 @@ class SamplingBatch:
         rows: int,  # B
     ) -> "SamplingBatch":
         """B rows that ask for nothing: what padding rows stay and real rows start from."""
+
         def full(value: float, dtype: Any, *shape: int) -> np.ndarray:
             return np.full((rows, *shape), value, dtype)
+
         f32, i32 = np.float32, np.int32
         return cls(
             temperature=full(0, f32), top_k=full(0, i32), top_p=full(1, f32), min_p=full(0, f32),
