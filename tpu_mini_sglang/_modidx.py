@@ -769,8 +769,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'tpu_mini_sglang/managers/startup.py'),
                                                   'tpu_mini_sglang.managers.startup.choose_buckets': ( 'startup.html#choose_buckets',
                                                                                                        'tpu_mini_sglang/managers/startup.py'),
-                                                  'tpu_mini_sglang.managers.startup.choose_dtype': ( 'startup.html#choose_dtype',
-                                                                                                     'tpu_mini_sglang/managers/startup.py'),
                                                   'tpu_mini_sglang.managers.startup.choose_num_pages': ( 'startup.html#choose_num_pages',
                                                                                                          'tpu_mini_sglang/managers/startup.py'),
                                                   'tpu_mini_sglang.managers.startup.device_memory': ( 'startup.html#device_memory',
