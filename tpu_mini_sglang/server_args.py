@@ -115,7 +115,11 @@ class ServerArgs(Flags):
     served_model_name: str | None = flag(None, "name of the model in the API (default: from --model-path)")
     download_dir: str | None = flag(None, "where downloaded models are kept (default: ~/.cache/tpu_mini_sglang)")
     chat_template: str | None = flag(None, "Jinja file used instead of the model's own chat template")
-    dtype: str = flag("auto", "weights, activations, KV; auto: the checkpoint's", choices=("auto", *DTYPE_BYTES))
+    dtype: str = flag(
+        "auto",
+        "weights, activations, KV; auto: the checkpoint's, float32 on a CPU without 16-bit arithmetic",
+        choices=("auto", *DTYPE_BYTES),
+    )
     context_length: int | None = flag(None, "shorter context than the model's own, tokens", bounds=(1, 2**24))
 
     host: str = flag("127.0.0.1", "address to listen on")
@@ -130,7 +134,7 @@ class ServerArgs(Flags):
     page_size: int = flag(16, "tokens in a KV page, a power of two", bounds=(1, 256))
     mem_fraction_static: float = flag(0.8, "share of device memory for weights and KV pages", bounds=(0.05, 0.95))
     max_total_tokens: int | None = flag(None, "tokens of KV cache (default: what fits)", bounds=(1, 2**31 - 1))
-    max_running_requests: int = flag(32, "requests computed together in one step", bounds=(1, 4096))
+    max_running_requests: int = flag(64, "requests computed together in one step", bounds=(1, 4096))
     chunked_prefill_size: int = flag(512, "most prompt tokens a step, a multiple of a page", bounds=(1, 1 << 20))
     schedule_policy: str = flag("fcfs", "first come, or longest cached prefix first", choices=("fcfs", "lpm"))
     disable_radix_cache: bool = flag(False, "compute every prompt from its first token")
