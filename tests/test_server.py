@@ -115,12 +115,18 @@ def in_background(calls: list[Callable[[], httpx.Response]]) -> Callable[[], lis
 
 
 def ask_forever(url: str) -> Callable[[], list[tuple[int, str]]]:
-    """Two clients, a stream and a whole answer, whose requests are running when this returns."""
-    bodies = [FOREVER | {"stream": stream} for stream in (True, False)]
-    post = [lambda b=body: httpx.post(url + "/v1/completions", json=b, timeout=60) for body in bodies]
-    wait = in_background(post)
+    """Two clients, a stream that has begun and a whole answer, whose requests are running when this returns."""
+    begun = threading.Event()
+
+    def stream() -> httpx.Response:
+        with httpx.stream("POST", url + "/v1/completions", json=FOREVER | {"stream": True}, timeout=60) as reply:
+            begun.set()  # the status is sent: whatever happens from now on is told inside the stream
+            reply.read()
+        return reply
+
+    wait = in_background([stream, lambda: httpx.post(url + "/v1/completions", json=FOREVER, timeout=60)])
     running = lambda: httpx.get(url + "/get_server_info").json()["pending"]  # noqa: E731
-    assert eventually(lambda: running() == 2)
+    assert begun.wait(30) and eventually(lambda: running() == 2)
     return wait
 
 

@@ -50,7 +50,10 @@ class Runner(Protocol):
     num_pages: int
     page_size: int
     buckets: Buckets
-    num_compiles: int
+
+    @property
+    def num_compiles(self) -> int:
+        """Programs compiled so far."""
 
     def run(self, rows: Sequence[Row], sampling: SamplingBatch, bucket: Bucket) -> SampleOutput:
         """Compute one step."""
