@@ -448,6 +448,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'tpu_mini_sglang/kernels/paged_decode.py')},
             'tpu_mini_sglang.kernels.ragged_prefill': { 'tpu_mini_sglang.kernels.ragged_prefill.Blocks': ( 'ragged.html#blocks',
                                                                                                            'tpu_mini_sglang/kernels/ragged_prefill.py'),
+                                                        'tpu_mini_sglang.kernels.ragged_prefill.Kernels': ( 'ragged.html#kernels',
+                                                                                                            'tpu_mini_sglang/kernels/ragged_prefill.py'),
                                                         'tpu_mini_sglang.kernels.ragged_prefill.attend_block': ( 'ragged.html#attend_block',
                                                                                                                  'tpu_mini_sglang/kernels/ragged_prefill.py'),
                                                         'tpu_mini_sglang.kernels.ragged_prefill.attention_kernels': ( 'ragged.html#attention_kernels',

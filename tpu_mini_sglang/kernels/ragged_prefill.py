@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['State', 'TILE_TOKENS', 'LANES', 'Blocks', 'query_blocks', 'attend_block', 'each_page', 'ragged_kernel',
-           'scratch_shapes', 'ragged_prefill', 'sharded_ragged_prefill', 'attention_kernels']
+           'scratch_shapes', 'ragged_prefill', 'sharded_ragged_prefill', 'Kernels', 'attention_kernels']
 
-# %% ../../nbs/10c_ragged.ipynb #1233e19b
+# %% ../../nbs/10c_ragged.ipynb #b825a572
 """Ragged prefill attention as a Pallas TPU kernel: blocks of queries over their row's own pages."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def attend_block(
     update = jnp.dot(weights.astype(kv.dtype), kv[:, -width:], preferred_element_type=jnp.float32)
     return top, decay * state[1] + weights.sum(axis=1, keepdims=True), decay * state[2] + update
 
-# %% ../../nbs/10c_ragged.ipynb #a30da85f
+# %% ../../nbs/10c_ragged.ipynb #221286d7
 def each_page(
     do: str,  # "start" the copies of a tile's pages, or "wait" for them
     tile: jax.Array,  # which tile of the row
@@ -97,7 +97,7 @@ def each_page(
     size = kv_hbm.shape[2]
     pages = buffer.shape[2] // size
 
-    def one(page: jax.Array, _: None) -> None:
+    def one(page: jax.Array, carry: None) -> None:
         offset = pl.multiple_of((page - tile * pages) * size, size)
         place = buffer.at[slot, :, pl.ds(offset, size), :]
         getattr(pltpu.make_async_copy(kv_hbm.at[table_ref[row, page]], place, arrived.at[slot]), do)()
@@ -105,7 +105,7 @@ def each_page(
     first = jnp.maximum(tile * pages, keys[0] // size)
     lax.fori_loop(first, jnp.minimum((tile + 1) * pages, pl.cdiv(keys[1], size)), one, None)
 
-# %% ../../nbs/10c_ragged.ipynb #ee7a5bb1
+# %% ../../nbs/10c_ragged.ipynb #b414a57a
 def ragged_kernel(
     row_ref: Any,  # [N] of Blocks, in SMEM like the next four
     token_ref: Any,  # [N] of Blocks
@@ -133,16 +133,16 @@ def ragged_kernel(
     flat = pl.ds(token_ref[i], block)
     places = [(h * len(q) // heads, pl.ds(h % (heads // len(q)) * block, block)) for h in range(heads)]
 
-    def walk(tile: jax.Array, _: None) -> None:
+    def walk(tile: jax.Array, carry: None) -> None:
         slot = lax.rem(tile - start, 2)
 
         @pl.when(tile + 1 < stop)
-        def _() -> None:
+        def fetch_next() -> None:
             pages_of("start", tile + 1, 1 - slot)
 
         pages_of("wait", tile, slot)
 
-        def one_head(head: jax.Array, _: None) -> None:
+        def one_head(head: jax.Array, carry: None) -> None:
             old = tuple(ref[head] for ref in state)
             kv = buffer[slot, head]
             new = attend_block(old, q[head], kv, tile * length, position, end, block=block, **rule)
@@ -152,7 +152,7 @@ def ragged_kernel(
         lax.fori_loop(0, len(q), one_head, None)
 
     @pl.when(end > 0)
-    def _() -> None:
+    def work() -> None:
         pages_of("start", start, jnp.int32(0))
         fetch = pltpu.make_async_copy(q_hbm.at[flat], rows, moved)
         fetch.start()
@@ -223,7 +223,7 @@ def ragged_prefill(
     ours = jnp.pad(batch.q_lens > 1, (0, 1))[batch.token_rows(tokens)]
     return jnp.where(ours[:, None, None], out, 0).astype(q.dtype)
 
-# %% ../../nbs/10c_ragged.ipynb #9bec3411
+# %% ../../nbs/10c_ragged.ipynb #f3ad6d22
 def sharded_ragged_prefill(
     q: jax.Array,  # [T, Q, D] queries on the flat token axis
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool
@@ -239,9 +239,16 @@ def sharded_ragged_prefill(
     return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(q, kv_pages, batch)
 
 
+class Kernels(TypedDict, total=False):
+    """The keyword arguments of paged_attention that replace its XLA versions."""
+
+    decode_kernel: DecodeKernel
+    prefill_kernel: PrefillKernel
+
+
 def attention_kernels(
     backend: str,  # "xla" or "pallas"
-) -> dict[str, DecodeKernel | PrefillKernel]:
+) -> Kernels:
     """What paged_attention takes as its kernels, by name; off a TPU Pallas kernels are interpreted, for tests."""
     if backend not in ("xla", "pallas"):
         raise ValueError(f"attention backend must be 'xla' or 'pallas', got {backend!r}")
