@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['State', 'MASKED', 'TILE_TOKENS', 'attend_tile', 'first_state', 'page_per_step_kernel', 'widen_queries',
-           'narrow_output', 'page_per_step_decode', 'double_buffer_kernel', 'paged_decode', 'sharded_paged_decode',
-           'decode_kernel']
+           'narrow_output', 'page_per_step_decode', 'double_buffer_kernel', 'paged_decode', 'sharded_paged_decode']
 
 # %% ../../nbs/10b_pallas.ipynb #d36176a4
 """Paged decode attention as a Pallas TPU kernel: the plain version and the one that fetches its own pages."""
@@ -237,7 +236,7 @@ def paged_decode(
     )
     return narrow_output(call(table, kv_lens, wide, kv_pages), q)
 
-# %% ../../nbs/10b_pallas.ipynb #13c1f3e0
+# %% ../../nbs/10b_pallas.ipynb #27e7736f
 def sharded_paged_decode(
     q: jax.Array,  # [B, Q, D] one query a row
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool
@@ -252,14 +251,3 @@ def sharded_paged_decode(
     heads = PartitionSpec(None, "tensor")
     specs = (heads, heads, PartitionSpec(), PartitionSpec())
     return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(q, kv_pages, page_table, kv_lens)
-
-
-def decode_kernel(
-    backend: str,  # "xla" or "pallas"
-) -> DecodeKernel | None:
-    """What paged_attention takes as its decode_kernel; off a TPU the Pallas kernel is interpreted, for tests."""
-    if backend not in ("xla", "pallas"):
-        raise ValueError(f"attention backend must be 'xla' or 'pallas', got {backend!r}")
-    if backend == "xla":
-        return None
-    return partial(sharded_paged_decode, interpret=jax.default_backend() != "tpu")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['llama3_scaling', 'rope_frequencies', 'apply_rope', 'Attention']
 
-# %% ../../nbs/11b_attention.ipynb #a1ade589
+# %% ../../nbs/11b_attention.ipynb #6ff7de2e
 """Rotary positions and the attention layer over a paged cache."""
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from ..kernels.attention import AttentionBatch, paged_attention, write_kv
-from ..kernels.paged_decode import decode_kernel
+from ..kernels.ragged_prefill import attention_kernels
 from .basic import Linear, RMSNorm
 from ..model_config import ModelConfig, RopeScaling
 
@@ -57,7 +57,7 @@ def apply_rope(
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
-# %% ../../nbs/11b_attention.ipynb #7e6b7049
+# %% ../../nbs/11b_attention.ipynb #83bab539
 class Attention(nnx.Module):
     """Grouped-query attention over the pages of one layer; what differs between families comes from the config."""
 
@@ -103,6 +103,6 @@ class Attention(nnx.Module):
         """The attended hidden states [T, H] and the pages with this step's K and V written."""
         q, k, v = self.heads(x, batch.positions(len(x)))
         kv_pages = write_kv(kv_pages, k, v, batch)
-        scale, kernel = self.config.head_dim**-0.5, decode_kernel(backend)
-        out = paged_attention(q, kv_pages, batch, scale=scale, window=self.window, decode_kernel=kernel)
+        scale, kernels = self.config.head_dim**-0.5, attention_kernels(backend)
+        out = paged_attention(q, kv_pages, batch, scale=scale, window=self.window, **kernels)
         return self.o_proj(out.reshape(len(x), -1)), kv_pages
