@@ -7,8 +7,9 @@ __all__ = ['FLAT', 'SOLID', 'HALVES', 'DOCS', 'GIB', 'GENERATIONS', 'COLLECTIVE'
            'Slice', 'parse_slice', 'shapes_on', 'abstract_weights', 'abstract_cache', 'find_collectives',
            'device_bytes', 'measures', 'compile_step', 'Job', 'with_depth', 'compile_job', 'PlanError', 'run_child',
            'receive', 'complaint', 'Program', 'tally', 'whole_program', 'Load', 'Memory', 'token_bytes', 'need',
-           'shrink', 'nearest_settings', 'divides', 'Limits', 'step_limits', 'Plan', 'make_plan', 'versions',
-           'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines', 'read_model', 'prepare', 'run']
+           'shrink', 'slice_of', 'nearest_settings', 'divides', 'Limits', 'step_limits', 'Plan', 'make_plan',
+           'versions', 'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines', 'read_model', 'prepare',
+           'run']
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #fb95d7bb
 """What a TPU would need and could do at best, from the compiler's figures: no TPU, no weights."""
@@ -437,7 +438,7 @@ def need(
     kv = (load.num_pages + 1) * load.page_size * token_bytes(config, tp)
     return Memory(where.generation.hbm_bytes, weights, kv, temporaries)
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #74802149
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #6b1b2f98
 def shrink(
     value: int,  # too much
     fits: Callable[[int], bool],  # true from some value downwards
@@ -446,6 +447,15 @@ def shrink(
     while value and not fits(value):
         value //= 2
     return value or None
+
+
+def slice_of(
+    gen: Generation,
+    devices: int,  # at least so many
+) -> Slice:
+    """The smallest slice of a generation that has the devices."""
+    size = next(n for n in (1, *gen.grids) if n >= devices)
+    return parse_slice(f"{gen.name}-{size * gen.per_device}")
 
 
 def nearest_settings(
@@ -461,15 +471,14 @@ def nearest_settings(
         return need(config, place, split, replace(load, **changes), temporaries).over <= 0
 
     found = []
-    for devices in sorted({1, *where.generation.grids}):
-        place = parse_slice(f"{where.generation.name}-{devices * where.generation.per_device}")
-        if devices > tp and divides(config, devices) and fits(place, devices):
-            found.append(f"--tp {devices}" + (f" --tpu {place.name}" if devices > where.devices else ""))
+    for split in (n for n in (2, 4, 8, 16, 32, 64) if n > tp and divides(config, n)):
+        place = where if split <= where.devices else slice_of(where.generation, split)
+        if fits(place, split):
+            found.append(f"--tp {split}" + (f" --tpu {place.name}" if place != where else ""))
             break
-    roomier = sorted(GENERATIONS.values(), key=lambda g: g.hbm_bytes)
-    for gen in [g for g in roomier if where.devices in (1, *g.grids) and where.generation.hbm_bytes < g.hbm_bytes]:
-        place = parse_slice(f"{gen.name}-{where.devices * gen.per_device}")
-        if fits(place):
+    roomier = [g for g in GENERATIONS.values() if g.hbm_bytes > where.generation.hbm_bytes]
+    for gen in sorted(roomier, key=lambda g: (g.hbm_bytes, -g.peak)):
+        if fits(place := slice_of(gen, where.devices)):
             found.append(f"--tpu {place.name}")
             break
     if context := shrink(load.context, lambda n: fits(context=n)):
@@ -490,7 +499,7 @@ def divides(
         return False
     return True
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #8b4f6384
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #2185568c
 @dataclass(frozen=True)
 class Limits:
     """The shortest time of one step: predicted from published rates, not measured."""
@@ -510,16 +519,17 @@ def step_limits(
     tp: int,
     tokens: int,  # computed in this step
     cached: int,  # tokens of KV that are read
+    scored: int | None = None,  # tokens whose logits are computed; None: all
 ) -> Limits:
     """Weights and cached KV read once, two operations a weight and token; attention's own arithmetic left out."""
     table = config.vocab_size * config.hidden_size
-    lookups = 0 if config.tie_word_embeddings else table  # the embedding: a few rows of it are read
-    weights = config.num_params() - lookups
+    body = config.num_params() - table * (1 if config.tie_word_embeddings else 2)
     width = config.weight_bytes() // config.num_params()
-    read = weights * width + cached * config.kv_bytes_per_token()
-    return Limits(read / tp / gen.bandwidth, 2 * (weights - table) * tokens / tp / gen.peak)
+    read = (body + table) * width + cached * config.kv_bytes_per_token()  # of the embedding only a few rows
+    work = 2 * (body * tokens + table * (tokens if scored is None else scored))
+    return Limits(read / tp / gen.bandwidth, work / tp / gen.peak)
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #1bfe1817
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #c818432b
 @dataclass(frozen=True)
 class Plan:
     """All that `plan` prints."""
@@ -556,7 +566,7 @@ def make_plan(
     memory = need(config, where, tp, load, temporaries)
     room = memory.hbm - memory.weights - temporaries
     decode = step_limits(config, where.generation, tp, load.requests, load.requests * load.context // 2)
-    prefill = step_limits(config, where.generation, tp, load.chunk, load.context // 2)
+    prefill = step_limits(config, where.generation, tp, load.chunk, load.context // 2, load.requests)
     nearest = nearest_settings(config, where, tp, load, temporaries) if memory.over > 0 else []
     tokens = max(room // token_bytes(config, tp), 0)
     rate = load.requests / decode.seconds
@@ -572,14 +582,14 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:
         return {"jax": jax.__version__, "libtpu": "missing"}
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #487965fc
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #fc64b40c
 def memory_lines(
     plan: Plan,
 ) -> list[str]:
     """Bytes on a device, a line each."""
     m = plan.memory
     rows = {"weights": m.weights, f"KV, {plan.load.requests} x {plan.load.context} tokens": m.kv}
-    rows |= {"temporaries (compiled)" if plan.programs else "temporaries (not compiled)": m.temporaries}
+    rows |= {"temporaries (extrapolated)" if plan.programs else "temporaries (not compiled)": m.temporaries}
     rows |= {"total": m.total, "HBM": m.hbm}
     lines = [f"  {name:32}{size / GIB:8.2f} GiB {size / m.hbm:6.1%}" for name, size in rows.items()]
     return [f"On each of {plan.tp} device(s) of {plan.where}:", *lines, f"  tokens of KV that fit: {plan.kv_tokens:,}"]
