@@ -9,7 +9,7 @@ __all__ = ['FLAT', 'SOLID', 'HALVES', 'DOCS', 'GIB', 'GENERATIONS', 'COLLECTIVE'
            'receive', 'complaint', 'Program', 'tally', 'whole_program', 'Load', 'Memory', 'token_bytes', 'need',
            'shrink', 'slice_of', 'nearest_settings', 'divides', 'Limits', 'step_limits', 'Plan', 'make_plan',
            'versions', 'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines', 'read_model', 'prepare',
-           'run']
+           'note', 'run']
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #fb95d7bb
 """What a TPU would need and could do at best, from the compiler's figures: no TPU, no weights."""
@@ -104,7 +104,7 @@ def parse_slice(
         raise ConfigError(f"--tpu {text}: the slices of {gen.name} are {names}")
     return Slice(gen, devices, f"{gen.name}:{gen.grids.get(devices, next(iter(gen.grids.values())))}")
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #a033399d
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #3967f801
 def shapes_on(
     mesh: Mesh,
     tree: Any,  # of arrays or shapes
@@ -127,7 +127,7 @@ def abstract_weights(
     ]
     return graph, nnx.from_flat_state(placed)
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #2b9170d9
 def abstract_cache(
     config: ModelConfig,
     mesh: Mesh,
@@ -164,7 +164,7 @@ def find_collectives(
         found.append((kind, " ".join(shape for _, shape in arrays), sum(size for size, _ in arrays)))
     return found
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #0f0c67b8
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #132ba9c2
 def device_bytes(
     tree: Any,  # of ShapeDtypeStructs with shardings
 ) -> int:
@@ -186,7 +186,7 @@ def measures(
         "collectives": find_collectives(compiled.as_text()),
     }
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #bb1c7be9
 def compile_step(
     config: ModelConfig,
     topology: str,  # as the compiler names it, such as "v6e:2x4"
@@ -215,7 +215,7 @@ def compile_step(
     sizes = {"weights": device_bytes(weights), "kv": device_bytes(kv)}
     return sizes | measures(compiled) | {"seconds": round(time.perf_counter() - begun, 1)}
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #3a731bed
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #a0a8e5e9
 @dataclass(frozen=True)
 class Job:
     """Programs to compile, all for one mesh."""
@@ -245,7 +245,7 @@ class Job:
         c["sliding_layers"], c["eos_token_ids"] = tuple(c["sliding_layers"]), tuple(c["eos_token_ids"])
         return cls(**job | {"config": ModelConfig(**c), "buckets": [Bucket(**b) for b in job["buckets"]]})
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #d09c590d
 def with_depth(
     config: ModelConfig,
     layers: int,  # at most the model's own
@@ -267,7 +267,7 @@ def compile_job(
             place = (job.topology, job.tp, bucket, job.num_pages, job.page_size, job.backend)
             emit(about | compile_step(config, *place))
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #9124416d
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #9dbecf48
 class PlanError(RuntimeError):
     """The compiler is missing, failed or took too long."""
 
@@ -281,7 +281,7 @@ CHILD_ENV = {
 }
 MISSING = 'plan needs the TPU compiler, libtpu: pip install "tpu-mini-sglang[tpu]"'
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #c6378f78
 def run_child(
     job: Job,
     report: Callable[[str], None],  # receives one line a program
@@ -313,7 +313,7 @@ def run_child(
             raise PlanError(complaint(log.read(), timeout_s if expired else None))
     return done
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #74884148
 def receive(
     line: str,  # that the child printed
     done: list[dict[str, Any]],  # gains the record of a finished program
@@ -375,7 +375,7 @@ def whole_program(
     rest = {name: (n, size) for (name, size), n in (first - layer).items()}
     return Program(one["program"], sizes["arguments"], sizes["temporaries"], layers, rest)
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #7136cdce
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #4fdb387a
 @dataclass(frozen=True)
 class Load:
     """What is asked of the slice."""
@@ -395,7 +395,7 @@ class Load:
         """A decode step with all requests, and a prefill step."""
         return [Bucket(self.requests, self.requests, 1), Bucket(max(self.chunk, self.requests), self.requests, 64)]
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #430b6b09
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device."""
@@ -423,7 +423,7 @@ def token_bytes(
     """Bytes of cache that a token takes on each device: keys, values and its id."""
     return config.kv_bytes_per_token() // tp + 4
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #0bb28de4
 def need(
     config: ModelConfig,
     where: Slice,
@@ -438,7 +438,7 @@ def need(
     kv = (load.num_pages + 1) * load.page_size * token_bytes(config, tp)
     return Memory(where.generation.hbm_bytes, weights, kv, temporaries)
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #6b1b2f98
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #4aa08bdb
 def shrink(
     value: int,  # too much
     fits: Callable[[int], bool],  # true from some value downwards
@@ -457,7 +457,7 @@ def slice_of(
     size = next(n for n in (1, *gen.grids) if n >= devices)
     return parse_slice(f"{gen.name}-{size * gen.per_device}")
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #9d285980
 def nearest_settings(
     config: ModelConfig,
     where: Slice,
@@ -487,7 +487,7 @@ def nearest_settings(
         found.append(f"--max-running-requests {requests}")
     return found
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #2249d2c6
 def divides(
     config: ModelConfig,
     tp: int,
@@ -529,7 +529,7 @@ def step_limits(
     work = 2 * (body * tokens + table * (tokens if scored is None else scored))
     return Limits(read / tp / gen.bandwidth, work / tp / gen.peak)
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #c818432b
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #bb8fcc70
 @dataclass(frozen=True)
 class Plan:
     """All that `plan` prints."""
@@ -551,7 +551,7 @@ class Plan:
         """Whether each request may fill its context."""
         return self.memory.over <= 0
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #67318fa8
 def make_plan(
     config: ModelConfig,
     where: Slice,
@@ -582,7 +582,7 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:
         return {"jax": jax.__version__, "libtpu": "missing"}
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #fc64b40c
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #fb3dd0e4
 def memory_lines(
     plan: Plan,
 ) -> list[str]:
@@ -606,7 +606,7 @@ def collective_lines(
         lines.append(f"  {program.name}: a layer has {'; '.join(parts) or 'none'}; elsewhere in the text {others}")
     return ["Collectives:", *lines] if lines else []
 
-
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #3eddae78
 def limit_lines(
     plan: Plan,
 ) -> list[str]:
@@ -630,7 +630,7 @@ def verdict_lines(
     hints = [f"  would fit: {change}" for change in plan.nearest] or ["  no single change makes it fit"]
     return [f"Does not fit: {plan.memory.over / GIB:.2f} GiB too much on each device.", *hints]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #7d092eb2
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #95f5ac4e
 def read_model(
     model_path: str | None,  # a folder with a config.json, the .json itself, a .gguf file or a hub name
     dtype: str = "auto",
@@ -657,12 +657,18 @@ def prepare(
         raise ConfigError("--max-running-requests, --context-length and --tp must be at least 1")
     return config, where, tp, Load(config.context_len, ns.max_running_requests)
 
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #a7716a66
+def note(
+    line: str,  # of progress, or an error
+) -> None:
+    """Standard output holds the plan and nothing else."""
+    print(line, file=sys.stderr, flush=True)
+
 
 def run(
     ns: argparse.Namespace,  # parsed by the flags of chapter 41
 ) -> int:  # exit code: 0 where it fits
     """The command `tpu-mini-sglang plan`."""
-    note = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     try:
         config, where, tp, load = prepare(ns)
         records: list[dict[str, Any]] = []
