@@ -197,6 +197,7 @@ class ModelRunner:
         self.config, self.num_pages, self.page_size, self.buckets = config, num_pages, page_size, buckets
         self.table_width = min(-(-config.context_len // page_size), num_pages)
         self.programs: dict[Bucket, jax.stages.Compiled] = {}
+        self.mesh = mesh
         self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, config.dtype, mesh)
         self.kv = self._new_kv()
         graph, self.weights = nnx.split(model)
@@ -219,7 +220,8 @@ class ModelRunner:
         """Make the program of one shape; needs no request, only its shapes."""
         start = time.perf_counter()
         batch = make_forward_batch([], SamplingBatch.greedy(bucket.rows), bucket, self.table_width)
-        self.programs[bucket] = self._step.lower(self.weights, self.kv, batch).compile()
+        with jax.set_mesh(self.mesh):  # where kernels look for the axis that splits the heads
+            self.programs[bucket] = self._step.lower(self.weights, self.kv, batch).compile()
         return time.perf_counter() - start
 
     def run(
