@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['State', 'MASKED', 'TILE_TOKENS', 'attend_tile', 'first_state', 'page_per_step_kernel', 'widen_queries',
-           'narrow_output', 'page_per_step_decode', 'double_buffer_kernel', 'paged_decode', 'sharded_paged_decode']
+           'narrow_output', 'page_per_step_decode', 'double_buffer_kernel', 'paged_decode', 'split_heads']
 
-# %% ../../nbs/10b_pallas.ipynb #d36176a4
+# %% ../../nbs/10b_pallas.ipynb #d6157074
 """Paged decode attention as a Pallas TPU kernel: the plain version and the one that fetches its own pages."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from .attention import DecodeKernel, from_pages
+from .attention import from_pages
 
 # %% ../../nbs/10b_pallas.ipynb #0812eb15
 State = tuple[jax.Array, jax.Array, jax.Array]  # running max [K, G, 1], sum [K, G, 1], output [K, G, 2*D]; float32
@@ -236,18 +237,18 @@ def paged_decode(
     )
     return narrow_output(call(table, kv_lens, wide, kv_pages), q)
 
-# %% ../../nbs/10b_pallas.ipynb #27e7736f
-def sharded_paged_decode(
-    q: jax.Array,  # [B, Q, D] one query a row
+# %% ../../nbs/10b_pallas.ipynb #b18a15d4
+def split_heads(
+    kernel: Callable[..., jax.Array],  # takes what follows here; any of this chapter's or the next's
+    q: jax.Array,  # [T, Q, D] queries
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool
-    page_table: jax.Array,  # [B, M] page ids
-    kv_lens: jax.Array,  # [B] tokens of each row
-    **options: Any,  # as for paged_decode
+    *rest: Any,  # what else the kernel takes, the same on every device
+    **options: Any,  # as for the kernel
 ) -> jax.Array:
-    """paged_decode, each device of the ambient mesh's "tensor" axis on its own heads (XLA can't split a kernel)."""
-    call: DecodeKernel = partial(paged_decode, **options)
+    """The kernel, each device of the ambient mesh's "tensor" axis on its own heads (XLA can't split a kernel)."""
+    call = partial(kernel, **options)
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
-        return call(q, kv_pages, page_table, kv_lens)
-    heads = PartitionSpec(None, "tensor")
-    specs = (heads, heads, PartitionSpec(), PartitionSpec())
-    return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(q, kv_pages, page_table, kv_lens)
+        return call(q, kv_pages, *rest)
+    heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
+    specs = (heads, heads, *[whole] * len(rest))
+    return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(q, kv_pages, *rest)

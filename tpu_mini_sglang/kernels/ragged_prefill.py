@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['State', 'TILE_TOKENS', 'LANES', 'Blocks', 'query_blocks', 'attend_block', 'each_page', 'ragged_kernel',
-           'scratch_shapes', 'ragged_prefill', 'sharded_ragged_prefill', 'Kernels', 'attention_kernels']
+           'scratch_shapes', 'ragged_prefill', 'Kernels', 'attention_kernels']
 
-# %% ../../nbs/10c_ragged.ipynb #b825a572
+# %% ../../nbs/10c_ragged.ipynb #9abb3485
 """Ragged prefill attention as a Pallas TPU kernel: blocks of queries over their row's own pages."""
 
 from functools import partial
@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from .attention import AttentionBatch, DecodeKernel, PrefillKernel, from_pages
-from .paged_decode import MASKED, sharded_paged_decode
+from .paged_decode import MASKED, paged_decode, split_heads
 
 # %% ../../nbs/10c_ragged.ipynb #6db518e5
 class Blocks(NamedTuple):
@@ -223,22 +222,7 @@ def ragged_prefill(
     ours = jnp.pad(batch.q_lens > 1, (0, 1))[batch.token_rows(tokens)]
     return jnp.where(ours[:, None, None], out, 0).astype(q.dtype)
 
-# %% ../../nbs/10c_ragged.ipynb #f3ad6d22
-def sharded_ragged_prefill(
-    q: jax.Array,  # [T, Q, D] queries on the flat token axis
-    kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool
-    batch: AttentionBatch,  # the same on every device
-    **options: Any,  # as for ragged_prefill
-) -> jax.Array:
-    """ragged_prefill, each device of the ambient mesh's "tensor" axis on its own heads."""
-    call: PrefillKernel = partial(ragged_prefill, **options)
-    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
-        return call(q, kv_pages, batch)
-    heads = PartitionSpec(None, "tensor")
-    specs = (heads, heads, PartitionSpec())
-    return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(q, kv_pages, batch)
-
-
+# %% ../../nbs/10c_ragged.ipynb #2e19f7d0
 class Kernels(TypedDict, total=False):
     """The keyword arguments of paged_attention that replace its XLA versions."""
 
@@ -256,6 +240,6 @@ def attention_kernels(
         return {}
     interpret = jax.default_backend() != "tpu"
     return {
-        "decode_kernel": partial(sharded_paged_decode, interpret=interpret),
-        "prefill_kernel": partial(sharded_ragged_prefill, interpret=interpret),
+        "decode_kernel": partial(split_heads, paged_decode, interpret=interpret),
+        "prefill_kernel": partial(split_heads, ragged_prefill, interpret=interpret),
     }

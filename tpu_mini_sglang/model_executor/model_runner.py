@@ -80,7 +80,7 @@ class Buckets:
         self.extend = [Bucket(tokens, max_rows, q_block) for tokens in sizes]
 
     def all(self) -> list[Bucket]:
-        """Every shape, in the order in which warm-up compiles them."""
+        """Every shape: decode, then extend, small to large."""
         return self.decode + self.extend
 
     def pick(

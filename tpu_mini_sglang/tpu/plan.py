@@ -38,7 +38,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ..mem_cache.pool import KVCache, pages_for
+from ..mem_cache.pool import TOKEN_ID_BYTES, KVCache, pages_for
 from ..model_config import CheckpointError, ConfigError, ModelConfig, RopeScaling
 from ..model_executor.model_runner import Bucket, forward_step, make_forward_batch
 from ..models.decoder import abstract_model
@@ -421,7 +421,7 @@ def token_bytes(
     tp: int,
 ) -> int:
     """Bytes of cache that a token takes on each device: keys, values and its id."""
-    return config.kv_bytes_per_token() // tp + 4
+    return config.kv_bytes_per_token() // tp + TOKEN_ID_BYTES
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #0bb28de4
 def need(
