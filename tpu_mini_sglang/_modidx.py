@@ -1055,6 +1055,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                    'tpu_mini_sglang/model_executor/model_runner.py'),
                                                              'tpu_mini_sglang.model_executor.model_runner.ModelRunner.compile': ( 'model_runner.html#modelrunner.compile',
                                                                                                                                   'tpu_mini_sglang/model_executor/model_runner.py'),
+                                                             'tpu_mini_sglang.model_executor.model_runner.ModelRunner.execute': ( 'model_runner.html#modelrunner.execute',
+                                                                                                                                  'tpu_mini_sglang/model_executor/model_runner.py'),
                                                              'tpu_mini_sglang.model_executor.model_runner.ModelRunner.num_compiles': ( 'model_runner.html#modelrunner.num_compiles',
                                                                                                                                        'tpu_mini_sglang/model_executor/model_runner.py'),
                                                              'tpu_mini_sglang.model_executor.model_runner.ModelRunner.run': ( 'model_runner.html#modelrunner.run',

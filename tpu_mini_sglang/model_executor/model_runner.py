@@ -231,9 +231,16 @@ class ModelRunner:
         bucket: Bucket,
     ) -> SampleOutput:  # numpy leaves
         """One step on the device; StepError (and an empty pool) if it fails there."""
+        return self.execute(make_forward_batch(rows, sampling, bucket, self.table_width), bucket)
+
+    def execute(
+        self,
+        batch: ForwardBatch,  # numpy leaves, of the bucket's shapes
+        bucket: Bucket,
+    ) -> SampleOutput:  # numpy leaves
+        """What `run` does once its rows are arrays."""
         if bucket not in self.programs:
             self.compile(bucket)
-        batch = make_forward_batch(rows, sampling, bucket, self.table_width)
         try:
             kv, out = self.programs[bucket](self.weights, self.kv, batch)
             out = jax.device_get(out)
