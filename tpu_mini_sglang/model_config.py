@@ -38,7 +38,7 @@ class RopeScaling:
     high_freq_factor: float = 1.0  # llama3: wavelengths below original_max_position / this are left alone
     original_max_position: int = 0  # llama3: context length before scaling, tokens
 
-# %% ../nbs/00_config.ipynb #5c358324
+# %% ../nbs/00_config.ipynb #6c18e3bd
 @dataclass(frozen=True)
 class ModelShape:
     """One decoder-only model in numbers."""
@@ -65,6 +65,7 @@ class ModelShape:
     dtype: str = "bfloat16"  # a key of DTYPE_BYTES
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    kv_copies: int = 1  # times each of the checkpoint's KV heads is counted in num_kv_heads (chapter 01)
 
 # %% ../nbs/00_config.ipynb #bd4b1bf2
 class ModelCost(ModelShape):
@@ -92,7 +93,7 @@ class ModelCost(ModelShape):
         dtype_bytes = dtype_bytes or DTYPE_BYTES[self.dtype]
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
 
-# %% ../nbs/00_config.ipynb #d21f3317
+# %% ../nbs/00_config.ipynb #e60728e3
 SIZES = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim context_len".split()
 
 
@@ -105,6 +106,8 @@ def check_config(
             raise ConfigError(f"{name} = {getattr(config, name)} must be at least 1")
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"num_heads = {config.num_heads} is not a multiple of num_kv_heads = {config.num_kv_heads}")
+    if config.kv_copies < 1 or config.num_kv_heads % config.kv_copies:
+        raise ConfigError(f"kv_copies = {config.kv_copies} does not divide num_kv_heads = {config.num_kv_heads}")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim = {config.head_dim} must be even: RoPE turns pairs of coordinates")
     if config.dtype not in DTYPE_BYTES:
