@@ -5,7 +5,7 @@ __all__ = ['State', 'DecodeKernel', 'PrefillKernel', 'CHUNK', 'ROW_GROUP', 'dens
            'to_pages', 'from_pages', 'write_kv', 'attend_chunk', 'init_state', 'finish', 'gather_pages',
            'walk_together', 'decode_attention', 'prefill_attention', 'paged_attention']
 
-# %% ../../nbs/10_kernels.ipynb #5495d9ad
+# %% ../../nbs/10_kernels.ipynb #ad0b93db
 """Attention over a paged KV cache: the batch description, the cache write, the dense oracle and the XLA version."""
 
 from collections.abc import Callable
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+
+from ..sharding import tensor_map
 
 # %% ../../nbs/10_kernels.ipynb #daebedfd
 def dense_attention(
@@ -114,7 +116,7 @@ def from_pages(
     """The inverse of to_pages."""
     return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
-# %% ../../nbs/10_kernels.ipynb #e2b51f6c
+# %% ../../nbs/10_kernels.ipynb #6c0616c3
 def write_kv(
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool, donated by the caller's jit
     k: jax.Array,  # [T, K, D] new keys
@@ -124,7 +126,12 @@ def write_kv(
     """The pool with this step's K and V written into their slots; padding tokens land in the null page."""
     page, offset = batch.slots(k.shape[0], kv_pages.shape[2])
     kv = to_pages(jnp.concatenate([k, v], axis=-1), kv_pages.dtype)
-    return kv_pages.at[page[:, None], jnp.arange(kv.shape[1])[None, :], offset[:, None]].set(kv)
+
+    def write(pages: jax.Array, kv: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+        return pages.at[page[:, None], jnp.arange(kv.shape[1])[None, :], offset[:, None]].set(kv)
+
+    # left to itself the compiler collects all heads of the new tokens before it writes (chapter 01)
+    return tensor_map(write, (1, 1, None, None), 1)(kv_pages, kv, page, offset)
 
 # %% ../../nbs/10_kernels.ipynb #1fbc232e
 State = tuple[jax.Array, jax.Array, jax.Array]  # running max [..., N], sum [..., N], output [..., N, D]; float32

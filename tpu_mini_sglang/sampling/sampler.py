@@ -6,9 +6,9 @@
 __all__ = ['GREEDY_BELOW', 'MAX_EOS_IDS', 'N_BIAS', 'FOREVER', 'COPIED', 'SamplingBatch', 'bias_entries', 'fill_row',
            'SampleOutput', 'argmax_tokens', 'sort_keys', 'threshold', 'keep_top_k', 'integer_mass', 'keep_top_p',
            'keep_min_p', 'scramble', 'gumbel_noise', 'perturb', 'token_counts', 'penalise', 'add_bias', 'has_penalty',
-           'has_bias', 'needs_choice', 'choose', 'token_logprobs', 'no_logprobs', 'sample']
+           'has_bias', 'needs_choice', 'choose', 'likeliest', 'token_logprobs', 'no_logprobs', 'sample']
 
-# %% ../../nbs/14_sampling.ipynb #2239ade5
+# %% ../../nbs/14_sampling.ipynb #b8243f51
 """From logits to tokens on the device, one program for every mixture of requests."""
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from tpu_mini_sglang.sampling.sampling_params import (
     MAX_TOP_LOGPROBS,
     SamplingParams,
 )
+from ..sharding import tensor_map
 
 # %% ../../nbs/14_sampling.ipynb #68bcc047
 GREEDY_BELOW = 1e-6  # colder than this is greedy: dividing by it would overflow
@@ -33,7 +34,7 @@ N_BIAS = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + MAX_EOS_IDS
 FOREVER = np.iinfo(np.int32).max
 COPIED = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
-# %% ../../nbs/14_sampling.ipynb #c9cd7e0f
+# %% ../../nbs/14_sampling.ipynb #93c0648f
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingBatch:
@@ -309,7 +310,23 @@ def choose(
     scores = lax.cond(any_draw, perturb, lambda x, _: x, logits, batch)
     return argmax_tokens(scores)[0], finite
 
-# %% ../../nbs/14_sampling.ipynb #7386d130
+# %% ../../nbs/14_sampling.ipynb #8b401b3c
+def likeliest(
+    logits: jax.Array,  # [B, V], the vocabulary maybe split
+    count: int,  # how many, at most V
+) -> tuple[jax.Array, jax.Array]:
+    """The largest logits of each row and their ids, [B, count]; the lower id first among equals, as lax.top_k."""
+
+    def of_part(part: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        top, at = lax.top_k(part, min(count, part.shape[-1]))
+        return top, ids[at]
+
+    every = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    parts, ids = tensor_map(of_part, (1, 0), 1)(logits, every)
+    top, at = lax.top_k(parts, count)
+    return top, jnp.take_along_axis(ids, at, axis=-1)
+
+# %% ../../nbs/14_sampling.ipynb #8ee19aff
 def token_logprobs(
     logits: jax.Array,  # [B, V] raw
     tokens: jax.Array,  # [B] int32 chosen
@@ -318,11 +335,11 @@ def token_logprobs(
     """The chosen token's log-probability [B], the likeliest ids and theirs [B, MAX_TOP_LOGPROBS]; 0 if not wanted."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    top, ids = lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
+    top, ids = likeliest(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
     room = ((0, 0), (0, MAX_TOP_LOGPROBS - top.shape[-1]))
     top, ids = jnp.pad(top, room, constant_values=-jnp.inf), jnp.pad(ids, room)
     mask = wanted[:, None]
-    return jnp.where(wanted, chosen, 0.0), jnp.where(mask, ids, 0).astype(jnp.int32), jnp.where(mask, top, 0.0)
+    return jnp.where(wanted, chosen, 0.0), jnp.where(mask, ids, 0), jnp.where(mask, top, 0.0)
 
 
 def no_logprobs(
