@@ -140,20 +140,21 @@ class KVCache:
     layers: list[jax.Array]  # per layer [P, K, S, 2 * D]: keys in [..., :D], values in [..., D:]
     token_pages: jax.Array  # [P, S] int32, the token id in each slot
 
-# %% ../../nbs/20_kv_cache.ipynb #9f8d7e95
+# %% ../../nbs/20_kv_cache.ipynb #a0b0e9e3
 def init_kv_cache(
     config: ModelConfig,  # gives layers, kv heads and head size
-    num_pages: int,  # allocatable pages; the null page is added
+    num_pages: int,  # allocatable pages of each part of the "data" axis; a null page is added to each
     page_size: int,  # tokens a page holds
     dtype: DTypeLike,  # of keys and values
-    mesh: Mesh,  # kv heads are split over its "tensor" axis
+    mesh: Mesh,  # kv heads are split over its "tensor" axis, pages over "data"
 ) -> KVCache:
     """A cache of zeros, each shard made on its own device, so that no device ever holds the whole."""
-    shape = (num_pages + 1, config.num_kv_heads, page_size, 2 * config.head_dim)
+    pages = mesh.shape["data"] * (num_pages + 1)
+    shape = (pages, config.num_kv_heads, page_size, 2 * config.head_dim)
     place = sharding(mesh, "pages", "kv_heads", "page_slot", "head_dim")
     stored = pool_dtype(dtype)  # raw bits for 16-bit floats on a CPU, see chapter 10
     layers = [jnp.zeros(shape, stored, device=place) for _ in range(config.num_layers)]
-    ids = jnp.zeros((num_pages + 1, page_size), jnp.int32, device=sharding(mesh, "pages", "page_slot"))
+    ids = jnp.zeros((pages, page_size), jnp.int32, device=sharding(mesh, "pages", "page_slot"))
     return KVCache(layers, ids)
 
 # %% ../../nbs/20_kv_cache.ipynb #3546c134

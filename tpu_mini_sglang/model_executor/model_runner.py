@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPILE_THREADS', 'ladder', 'with_midpoints', 'Bucket', 'Buckets', 'Row', 'ForwardBatch', 'page_table_of', 'padded',
-           'make_forward_batch', 'forward_step', 'StepError', 'ModelRunner']
+           'lay_out', 'make_forward_batch', 'forward_step', 'on_each_shard', 'StepError', 'ModelRunner']
 
-# %% ../../nbs/22_model_runner.ipynb #80e4f587
+# %% ../../nbs/22_model_runner.ipynb #1c493609
 """Batches as arrays of bucketed shapes, and the one compiled step that runs model and sampler over them."""
 
 import os
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..kernels.attention import AttentionBatch
 from ..mem_cache.pool import KVCache, init_kv_cache
@@ -63,7 +63,7 @@ class Bucket:
         """How progress lines and plots name the shape."""
         return f"decode {self.rows} rows" if self.q_block == 1 else f"extend {self.tokens} tokens"
 
-# %% ../../nbs/22_model_runner.ipynb #0b88b814
+# %% ../../nbs/22_model_runner.ipynb #9e81b2d1
 class Buckets:
     """The shapes a server compiles: decode steps by rows, extend steps by tokens."""
 
@@ -85,16 +85,18 @@ class Buckets:
 
     def pick(
         self,
-        q_lens: Sequence[int],  # tokens of each row this step, each >= 1
+        *q_lens: Sequence[int],  # of each shard: tokens of each row this step, each >= 1
     ) -> Bucket:
-        """The smallest shape that holds the rows; ValueError if none does."""
-        choices = self.decode if max(q_lens) == 1 else self.extend
+        """The smallest shape that holds every shard's rows; ValueError if none does."""
+        rows, tokens = max(map(len, q_lens)), max(map(sum, q_lens))
+        decode = all(n == 1 for shard in q_lens for n in shard)
+        choices = self.decode if decode else self.extend
         for bucket in choices:
-            if bucket.tokens >= sum(q_lens) and bucket.rows >= len(q_lens):
+            if bucket.tokens >= tokens and bucket.rows >= rows:
                 return bucket
-        raise ValueError(f"{len(q_lens)} rows with {sum(q_lens)} tokens exceed the largest bucket, {choices[-1]}")
+        raise ValueError(f"{rows} rows with {tokens} tokens exceed the largest bucket, {choices[-1]}")
 
-# %% ../../nbs/22_model_runner.ipynb #6ac63df8
+# %% ../../nbs/22_model_runner.ipynb #408e276d
 @dataclass(frozen=True)
 class Row:
     """What one request does in one step."""
@@ -102,14 +104,15 @@ class Row:
     token_ids: Sequence[int]  # the tokens to compute now
     kv_len: int  # tokens in the cache after this step
     pages: Sequence[int]  # page ids, at least pages_for(kv_len) of them
+    shard: int = 0  # the part of the mesh's "data" axis where those pages lie
 
-# %% ../../nbs/22_model_runner.ipynb #16a86b89
+# %% ../../nbs/22_model_runner.ipynb #e4050c87
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ForwardBatch:
     """One step's arrays: what the device is told."""
 
-    token_ids: Any  # [T] int32; numpy on the host, JAX inside the step, as all leaves
+    token_ids: Any  # [T] int32; numpy on the host, JAX inside the step, as all leaves; shard after shard
     logit_rows: Any  # [B] int32, flat index of each row's last token
     attention: AttentionBatch
     sampling: SamplingBatch
@@ -137,24 +140,37 @@ def padded(
     out[: len(values)] = values
     return out
 
-# %% ../../nbs/22_model_runner.ipynb #37bcb0be
-def make_forward_batch(
-    rows: Sequence[Row],
-    sampling: SamplingBatch,  # numpy leaves, [bucket.rows, ...]
+# %% ../../nbs/22_model_runner.ipynb #f39bf35f
+def lay_out(
+    rows: Sequence[Row],  # of one shard
     bucket: Bucket,
     table_width: int,  # M
-) -> ForwardBatch:
+) -> dict[str, Any]:  # name in ForwardBatch or AttentionBatch -> int32 array
     """Lay the rows end to end on the flat token axis and pad everything to the bucket."""
     ends = np.cumsum([len(row.token_ids) for row in rows], dtype=np.int32)
     flat = [token for row in rows for token in row.token_ids]
     last = int(ends[-1]) if rows else 0
-    arrays: dict[str, Any] = {
+    return {
+        "token_ids": padded(flat, bucket.tokens),
+        "logit_rows": padded(ends - 1, bucket.rows),
         "cu_q_lens": padded([0, *ends], bucket.rows + 1, last),
         "kv_lens": padded([row.kv_len for row in rows], bucket.rows),
         "page_table": page_table_of(rows, bucket.rows, table_width),
     }
-    attention = AttentionBatch(**arrays, q_block=bucket.q_block)
-    return ForwardBatch(padded(flat, bucket.tokens), padded(ends - 1, bucket.rows), attention, sampling)
+
+
+def make_forward_batch(
+    rows: Sequence[Row],
+    sampling: SamplingBatch,  # numpy leaves, [num_shards * bucket.rows, ...]
+    bucket: Bucket,
+    table_width: int,  # M
+    num_shards: int = 1,  # parts of the "data" axis
+) -> ForwardBatch:
+    """Each shard's rows padded to the same bucket, one shard's arrays behind another's."""
+    shards = [lay_out([row for row in rows if row.shard == s], bucket, table_width) for s in range(num_shards)]
+    arrays: dict[str, Any] = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    token_ids, logit_rows = arrays.pop("token_ids"), arrays.pop("logit_rows")
+    return ForwardBatch(token_ids, logit_rows, AttentionBatch(**arrays, q_block=bucket.q_block), sampling)
 
 # %% ../../nbs/22_model_runner.ipynb #5c7e5904
 def forward_step(
@@ -173,11 +189,23 @@ def forward_step(
     history = token_pages[att.page_table].reshape(att.page_table.shape[0], -1)
     return KVCache(layers, token_pages), sample(logits, batch.sampling, history)
 
+# %% ../../nbs/22_model_runner.ipynb #bd92d9fa
+def on_each_shard(
+    step: Callable[..., tuple[KVCache, SampleOutput]],  # of weights, KV and batch, for one group of devices
+    mesh: Mesh,
+) -> Callable[..., tuple[KVCache, SampleOutput]]:
+    """The step for all shards of the "data" axis at once, each on its own pages and rows; itself for a single one."""
+    if mesh.shape["data"] == 1:
+        return step
+    whole, own = PartitionSpec(), PartitionSpec("data")
+    specs: dict[str, Any] = {"in_specs": (whole, own, own), "out_specs": own}
+    return jax.shard_map(step, mesh=mesh, **specs, axis_names={"data"}, check_vma=False)
+
 # %% ../../nbs/22_model_runner.ipynb #e324707a
 class StepError(RuntimeError):
     """A step failed on the device; its KV pool was lost and has been made anew, empty."""
 
-# %% ../../nbs/22_model_runner.ipynb #b5945e25
+# %% ../../nbs/22_model_runner.ipynb #f5087be1
 COMPILE_THREADS = 4  # more would only hold more half-made programs in memory
 
 
@@ -206,12 +234,28 @@ class ModelRunner:
             return forward_step(nnx.merge(graph, weights), kv, batch, backend)
 
         places = jax.tree.map(lambda x: x.sharding, self.kv)  # a step leaves the pages where it found them
-        self._step = jax.jit(step, donate_argnums=1, out_shardings=(places, None))
+        everywhere = NamedSharding(mesh, PartitionSpec())  # so that any process can read what was sampled
+        self._step = jax.jit(on_each_shard(step, mesh), donate_argnums=1, out_shardings=(places, everywhere))
+
+    @property
+    def num_shards(self) -> int:
+        """Parts of the "data" axis, each with pages of its own."""
+        return self.mesh.shape["data"]
 
     @property
     def num_compiles(self) -> int:
         """Programs compiled so far; constant once warm."""
         return len(self.programs)
+
+    def make_batch(
+        self,
+        rows: Sequence[Row],
+        sampling: SamplingBatch | None,  # numpy leaves, [num_shards * bucket.rows, ...]; None: all rows greedy
+        bucket: Bucket,
+    ) -> ForwardBatch:  # numpy leaves, their shapes from the bucket alone
+        """The rows as arrays."""
+        sampling = sampling or SamplingBatch.greedy(self.num_shards * bucket.rows)
+        return make_forward_batch(rows, sampling, bucket, self.table_width, self.num_shards)
 
     def compile(
         self,
@@ -219,7 +263,7 @@ class ModelRunner:
     ) -> float:  # seconds
         """Make the program of one shape; needs no request, only its shapes."""
         start = time.perf_counter()
-        batch = make_forward_batch([], SamplingBatch.greedy(bucket.rows), bucket, self.table_width)
+        batch = self.make_batch([], None, bucket)
         with jax.set_mesh(self.mesh):  # where kernels look for the axis that splits the heads
             self.programs[bucket] = self._step.lower(self.weights, self.kv, batch).compile()
         return time.perf_counter() - start
@@ -227,11 +271,11 @@ class ModelRunner:
     def run(
         self,
         rows: Sequence[Row],
-        sampling: SamplingBatch,  # numpy leaves, [bucket.rows, ...]
+        sampling: SamplingBatch | None,  # numpy leaves, [num_shards * bucket.rows, ...]; None: all rows greedy
         bucket: Bucket,
-    ) -> SampleOutput:  # numpy leaves
+    ) -> SampleOutput:  # numpy leaves; the n-th row of shard s stands at s * bucket.rows + n
         """One step on the device; StepError (and an empty pool) if it fails there."""
-        return self.execute(make_forward_batch(rows, sampling, bucket, self.table_width), bucket)
+        return self.execute(self.make_batch(rows, sampling, bucket), bucket)
 
     def execute(
         self,
@@ -261,4 +305,4 @@ class ModelRunner:
             for done, job in enumerate(as_completed(jobs), 1):
                 report(f"compile {done}/{len(shapes)}: {jobs[job]}: {job.result():.1f} s")
         for bucket in (self.buckets.decode[-1], self.buckets.extend[-1]):
-            self.run([], SamplingBatch.greedy(bucket.rows), bucket)  # memory that does not suffice shows now
+            self.run([], None, bucket)  # memory that does not suffice shows now
