@@ -42,11 +42,11 @@ def test_the_server_s_step_compiles_for_four_chips(tmp_path, numbers):
 def test_what_does_not_fit_says_by_how_much(tmp_path):
     done = plan(tmp_path, LARGE, "--tpu", "v5e-8")
     assert done.returncode == 1
-    assert "Does not fit: 5.4" in done.stdout and "would fit: --tpu v6e-8" in done.stdout
+    assert "Does not fit: 5.4" in done.stdout and "would fit: --tp 16 --tpu v5e-16" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_split_that_does_not_divide_is_refused(tmp_path):
-    done = plan(tmp_path, LARGE, "--tpu", "v6e-16")
+    done = plan(tmp_path, LARGE, "--tpu", "v6e-4", "--tp", "3")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: tp_size = 16 does not divide the model's num_kv_heads = 8\n"
+    assert done.stderr == "error: tp_size = 3 does not divide the model's num_heads = 64\n"

@@ -106,7 +106,7 @@ class Flags:
         """The parsed flags, checked."""
         return cls(**{f.name: getattr(ns, f.name) for f in fields(cls)})
 
-# %% ../nbs/02_server_args.ipynb #c1a8d772
+# %% ../nbs/02_server_args.ipynb #301e80be
 @dataclass(frozen=True)
 class ServerArgs(Flags):
     """The settings of one engine or server, under SGLang's names."""
@@ -130,6 +130,12 @@ class ServerArgs(Flags):
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
     tp_size: int = flag(1, "devices that share each layer", "--tp", "--tensor-parallel-size", bounds=(1, 4096))
+    dp_size: int = flag(
+        1,
+        "groups of --tp-size devices, each with all weights; the limits below are each group's",
+        "--dp", "--data-parallel-size",
+        bounds=(1, 4096),
+    )  # fmt: skip
     attention_backend: str = flag("auto", "auto: pallas on a TPU, else xla", choices=("auto", "xla", "pallas"))
     page_size: int = flag(16, "tokens in a KV page, a power of two", bounds=(1, 256))
     mem_fraction_static: float = flag(0.8, "share of device memory for weights and KV pages", bounds=(0.05, 0.95))

@@ -21,7 +21,7 @@ from ..model_executor.model_runner import Row
 from ..sampling.sampler import SampleOutput, SamplingBatch, fill_row
 from ..sampling.sampling_params import fold_seed
 
-# %% ../../nbs/29_requests.ipynb #91c797f3
+# %% ../../nbs/29_requests.ipynb #5436b4bb
 @dataclass(eq=False)
 class Req:
     """One request from admission to finish."""
@@ -33,6 +33,7 @@ class Req:
     token_ids: list[int] = field(init=False)  # prompt, then output
     num_prompt: int = field(init=False)
     num_computed: int = 0  # leading tokens whose K and V lie in pages
+    shard: int = 0  # the part of the mesh's "data" axis where its pages lie
     pages: list[int] = field(default_factory=list)
     num_tree_pages: int = 0  # leading pages that belong to the radix tree
     node: TreeNode | None = None  # the locked tree node of those pages
@@ -77,7 +78,7 @@ def finish_reason(req: Req) -> FinishReason | None:
         return FinishReason("length")
     return None
 
-# %% ../../nbs/29_requests.ipynb #b96ec55d
+# %% ../../nbs/29_requests.ipynb #0af3449a
 @dataclass(frozen=True)
 class ScheduleBatch:
     """The requests of one step and how many tokens each computes."""
@@ -88,26 +89,49 @@ class ScheduleBatch:
     def rows(self) -> list[Row]:
         """The step as the model runner wants it."""
         return [
-            Row(r.token_ids[r.num_computed : r.num_computed + n], r.num_computed + n, r.pages)
+            Row(r.token_ids[r.num_computed : r.num_computed + n], r.num_computed + n, r.pages, r.shard)
             for r, n in zip(self.reqs, self.q_lens, strict=True)
         ]
 
-# %% ../../nbs/29_requests.ipynb #5fb90530
+    def by_shard(
+        self,
+        num_shards: int,
+    ) -> list[list[int]]:
+        """The q_lens of each shard's requests."""
+        return [[n for r, n in zip(self.reqs, self.q_lens, strict=True) if r.shard == s] for s in range(num_shards)]
+
+    def places(
+        self,
+        num_rows: int,  # rows of the bucket, which each shard has
+    ) -> list[int]:
+        """Where each request's row stands in the step's arrays: after the earlier ones of its shard."""
+        ends: dict[int, int] = {}
+        for req in self.reqs:
+            ends.setdefault(req.shard, req.shard * num_rows)
+        found = []
+        for req in self.reqs:
+            found.append(ends[req.shard])
+            ends[req.shard] += 1
+        return found
+
+# %% ../../nbs/29_requests.ipynb #9bffed30
 class SamplingRows:
     """The sampler's parameters of a step's rows; written anew only when the rows change, for few steps change them."""
 
     def __init__(self) -> None:
         self.reqs: list[Req] = []
+        self.places: list[int] = []
         self.batch = SamplingBatch.greedy(0)
 
     def refill(
         self,
         reqs: list[Req],
-        num_rows: int,  # rows of the bucket; those past the requests stay greedy padding
+        places: list[int],  # their rows
+        num_rows: int,  # rows of all shards; those of no request stay greedy padding
     ) -> None:
         """Write every request's parameters into its row."""
-        self.reqs, self.batch = reqs, SamplingBatch.greedy(num_rows)
-        for b, req in enumerate(reqs):
+        self.reqs, self.places, self.batch = reqs, places, SamplingBatch.greedy(num_rows)
+        for b, req in zip(places, reqs, strict=True):
             params = req.spec.sampling
             fill_row(
                 self.batch, b, params, seed=fold_seed(params.seed or 0), prompt_len=req.num_prompt, position=0,
@@ -118,12 +142,14 @@ class SamplingRows:
         self,
         step: ScheduleBatch,
         num_rows: int,  # rows of the bucket
+        num_shards: int = 1,  # each has so many
     ) -> SamplingBatch:  # numpy leaves
         """The parameters of this step's rows, each at the position of the token it will sample."""
-        if step.reqs != self.reqs or num_rows != len(self.batch.seeds):
-            self.refill(step.reqs, num_rows)
-        positions = np.zeros(num_rows, np.int32)
-        positions[: len(step.reqs)] = [r.num_computed + n for r, n in zip(step.reqs, step.q_lens, strict=True)]
+        places, total = step.places(num_rows), num_shards * num_rows
+        if step.reqs != self.reqs or places != self.places or total != len(self.batch.seeds):
+            self.refill(step.reqs, places, total)
+        positions = np.zeros(total, np.int32)
+        positions[places] = [r.num_computed + n for r, n in zip(step.reqs, step.q_lens, strict=True)]
         return replace(self.batch, positions=positions)
 
 # %% ../../nbs/29_requests.ipynb #5f258cce

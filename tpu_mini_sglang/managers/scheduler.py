@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Runner', 'Limits', 'Counters', 'SchedulerState', 'refusal', 'problem_with', 'add', 'remove', 'abort', 'flush',
-           'stats', 'receive', 'retract', 'continue_request', 'reserve', 'start', 'admit', 'plan', 'advance', 'recover',
-           'run', 'check_pages', 'Scheduler']
+           'stats', 'receive', 'retract', 'continue_request', 'reserve', 'start', 'cached_pages', 'place', 'admit',
+           'plan', 'advance', 'recover', 'run', 'check_pages', 'Scheduler']
 
-# %% ../../nbs/30_scheduler.ipynb #2267db97
+# %% ../../nbs/30_scheduler.ipynb #f4ad78bf
 """Continuous batching over a paged pool: messages in, one device step, messages out."""
 
 from collections.abc import Sequence
@@ -38,18 +38,22 @@ from tpu_mini_sglang.managers.schedule_batch import (
     report,
     wants_report,
 )
-from .schedule_policy import StepBudget, order_waiting, retraction_victim
+from .schedule_policy import StepBudget, order_shards, order_waiting, retraction_victim
 from ..mem_cache.pool import pages_for
 from ..model_executor.model_runner import Bucket, Buckets, Row, StepError
 from ..sampling.sampler import SampleOutput, SamplingBatch
 
-# %% ../../nbs/30_scheduler.ipynb #c6d9adab
+# %% ../../nbs/30_scheduler.ipynb #65ef73e2
 class Runner(Protocol):
     """What the scheduler needs of a model runner; tests put a fake one here."""
 
-    num_pages: int
+    num_pages: int  # of each shard
     page_size: int
     buckets: Buckets
+
+    @property
+    def num_shards(self) -> int:
+        """Parts of the pool that a request can live on: the "data" axis of the mesh."""
 
     @property
     def num_compiles(self) -> int:
@@ -58,7 +62,7 @@ class Runner(Protocol):
     def run(self, rows: Sequence[Row], sampling: SamplingBatch, bucket: Bucket) -> SampleOutput:
         """Compute one step."""
 
-# %% ../../nbs/30_scheduler.ipynb #b78924be
+# %% ../../nbs/30_scheduler.ipynb #b4131a0a
 @dataclass(frozen=True)
 class Limits:
     """What a scheduler may admit."""
@@ -66,8 +70,8 @@ class Limits:
     context_len: int  # tokens a request may have in all
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    max_step_tokens: int  # tokens a step computes at most: the chunked prefill size
-    max_running: int  # requests in flight
+    max_step_tokens: int  # tokens a step computes at most on each shard: the chunked prefill size
+    max_running: int  # requests in flight on each shard
     policy: str = "fcfs"  # or "lpm"
     cache_enabled: bool = True
 
@@ -83,22 +87,34 @@ class Counters:
     cached_tokens: int = 0
     output_tokens: int = 0
 
-# %% ../../nbs/30_scheduler.ipynb #d52b2716
+# %% ../../nbs/30_scheduler.ipynb #76ab9f8c
 class SchedulerState:
     """Queue, running requests, memory and counters: all that a step reads and changes."""
 
     def __init__(self, runner: Runner, limits: Limits):
         self.runner, self.limits = runner, limits
-        self.memory = self.new_memory()
+        self.memories = self.new_memories()
         self.waiting: list[Req] = []
         self.running: list[Req] = []
         self.sampling = SamplingRows()
         self.counters = Counters()
         self.victim = retraction_victim  # who gives way when pages run out
 
-    def new_memory(self) -> RequestMemory:
-        """An empty pool's bookkeeping."""
-        return RequestMemory(self.runner.num_pages, self.runner.page_size, self.limits.cache_enabled)
+    def new_memories(self) -> list[RequestMemory]:
+        """An empty pool's bookkeeping: each shard has an allocator and a prefix tree of its own."""
+        size = self.runner.num_pages, self.runner.page_size
+        return [RequestMemory(*size, self.limits.cache_enabled) for _ in range(self.runner.num_shards)]
+
+    def memory_of(self, req: Req) -> RequestMemory:
+        """Where the request's pages lie."""
+        return self.memories[req.shard]
+
+    def running_on(
+        self,
+        shard: int,
+    ) -> list[Req]:
+        """The running requests that live there."""
+        return [r for r in self.running if r.shard == shard]
 
 # %% ../../nbs/30_scheduler.ipynb #a12edd00
 def refusal(
@@ -135,12 +151,12 @@ def add(state: SchedulerState, spec: GenerateReq) -> list[Message]:
     state.counters.arrivals += 1
     return []
 
-# %% ../../nbs/30_scheduler.ipynb #d9bca5f4
+# %% ../../nbs/30_scheduler.ipynb #dd39f683
 def remove(state: SchedulerState, req: Req) -> None:
     """Take a request out of wherever it is, and its pages back."""
     if req in state.running:
         state.running.remove(req)
-        detach(state.memory, req)
+        detach(state.memory_of(req), req)
     else:
         state.waiting.remove(req)
 
@@ -156,24 +172,24 @@ def abort(
         remove(state, req)
     return [report(req) for req in hit]
 
-# %% ../../nbs/30_scheduler.ipynb #d7e24e0d
+# %% ../../nbs/30_scheduler.ipynb #bb4ba8a7
 def flush(state: SchedulerState) -> bool:
     """Empty the prefix cache; refused (False) while something runs."""
     if state.running:
         return False
-    state.memory.cache.reset()
+    for memory in state.memories:
+        memory.cache.reset()
     return True
 
-# %% ../../nbs/30_scheduler.ipynb #4d61587c
+# %% ../../nbs/30_scheduler.ipynb #d8654a11
 def stats(state: SchedulerState) -> dict[str, Any]:
     """Queue lengths, pages by owner, counters and compiles."""
-    memory = state.memory
     return {
         "waiting": len(state.waiting),
         "running": len(state.running),
-        "free_pages": memory.allocator.num_free,
-        "cached_pages": memory.cache.num_cached,
-        "total_pages": memory.allocator.num_pages,
+        "free_pages": sum(memory.allocator.num_free for memory in state.memories),
+        "cached_pages": sum(memory.cache.num_cached for memory in state.memories),
+        "total_pages": sum(memory.allocator.num_pages for memory in state.memories),
         "compiles": state.runner.num_compiles,
         **asdict(state.counters),
     }
@@ -199,30 +215,34 @@ def retract(state: SchedulerState, req: Req) -> None:
     remove(state, req)
     state.waiting.append(req)
 
-# %% ../../nbs/30_scheduler.ipynb #b3624f28
+# %% ../../nbs/30_scheduler.ipynb #34c48d64
 def continue_request(
     state: SchedulerState,
     req: Req,
-    budget: StepBudget,
+    budgets: list[StepBudget],  # one for each shard
     chosen: dict[Req, int],  # the step so far: request -> tokens
 ) -> None:
-    """Choose a running request's next tokens, retracting the youngest while pages are short."""
-    n = budget.take(req.num_pending) if req in state.running else 0
-    while n and not grow(state.memory, req, req.num_computed + n):
-        victim = state.victim(state.running)
+    """Choose a running request's next tokens, retracting its shard's youngest while pages are short."""
+    n = budgets[req.shard].take(req.num_pending) if req in state.running else 0
+    while n and not grow(state.memory_of(req), req, req.num_computed + n):
+        victim = state.victim(state.running_on(req.shard))
         retract(state, victim)
         chosen.pop(victim, None)
         n = 0 if victim is req else n
     if n:
         chosen[req] = n
 
-# %% ../../nbs/30_scheduler.ipynb #66f67914
-def reserve(state: SchedulerState, req: Req) -> bool:
-    """Attach the cached prefix if the whole prompt fits and each running request can still grow by a page."""
-    memory = state.memory
+# %% ../../nbs/30_scheduler.ipynb #43f220b3
+def reserve(
+    state: SchedulerState,
+    req: Req,
+    shard: int,  # where it would live
+) -> bool:
+    """Attach the cached prefix if the whole prompt fits and each request that runs there can still grow by a page."""
+    memory, running, req.shard = state.memories[shard], len(state.running_on(shard)), shard
     attach_prefix(memory, req)
     need = pages_for(len(req.token_ids), memory.page_size) - len(req.pages)
-    if need + len(state.running) <= memory.num_available:
+    if need + running <= memory.num_available:
         return True
     detach(memory, req)
     return False
@@ -239,33 +259,44 @@ def start(state: SchedulerState, req: Req) -> None:
         state.counters.prompt_tokens += req.num_prompt
         state.counters.cached_tokens += req.cached_tokens
 
-# %% ../../nbs/30_scheduler.ipynb #0b592877
-def admit(state: SchedulerState, budget: StepBudget, chosen: dict[Req, int]) -> None:
-    """Admit from the head of the queue while tokens, rows and pages last; nobody jumps a blocked head."""
+# %% ../../nbs/30_scheduler.ipynb #359f8197
+def cached_pages(state: SchedulerState, req: Req) -> list[int]:
+    """Leading pages of the request that each shard has cached."""
+    return [memory.cache.peek(req.token_ids[:-1]) for memory in state.memories]
 
-    def matched_len(req: Req) -> int:
-        return state.memory.cache.peek(req.token_ids[:-1])
 
-    for req in order_waiting(state.waiting, state.limits.policy, matched_len):
-        if len(state.running) >= state.limits.max_running or not budget.tokens or not reserve(state, req):
+def place(state: SchedulerState, req: Req, budgets: list[StepBudget]) -> bool:
+    """Reserve on the best shard that can take one more request in this step; False if none can."""
+    running = [r.shard for r in state.running]
+    free = [s for s, b in enumerate(budgets) if b.tokens and running.count(s) < state.limits.max_running]
+    if not free:
+        return False  # before anything looks at the prompt: a full server passes here at every step
+    room = [memory.num_available for memory in state.memories]
+    return any(reserve(state, req, s) for s in order_shards(room, cached_pages(state, req)) if s in free)
+
+
+def admit(state: SchedulerState, budgets: list[StepBudget], chosen: dict[Req, int]) -> None:
+    """Admit from the head of the queue while a shard has tokens, rows and pages; nobody jumps a blocked head."""
+    for req in order_waiting(state.waiting, state.limits.policy, lambda r: max(cached_pages(state, r))):
+        if not place(state, req, budgets):
             return
         start(state, req)
-        chosen[req] = budget.take(req.num_pending)
-        grow(state.memory, req, req.num_computed + chosen[req])
+        chosen[req] = budgets[req.shard].take(req.num_pending)
+        grow(state.memory_of(req), req, req.num_computed + chosen[req])
 
-# %% ../../nbs/30_scheduler.ipynb #053ff37f
+# %% ../../nbs/30_scheduler.ipynb #bde58c2e
 def plan(state: SchedulerState) -> ScheduleBatch:
     """Decode rows first, then prefills under way, then admissions, within the step's budget."""
-    budget = StepBudget(state.limits.max_step_tokens, state.limits.max_running)
+    budgets = [StepBudget(state.limits.max_step_tokens, state.limits.max_running) for _ in state.memories]
     chosen: dict[Req, int] = {}
     before = state.counters.retractions
     for req in sorted(state.running, key=lambda r: (r.num_pending > 1, r.arrival)):
-        continue_request(state, req, budget, chosen)
+        continue_request(state, req, budgets, chosen)
     if state.waiting and state.counters.retractions == before:  # whoever just gave way must not come straight back
-        admit(state, budget, chosen)
+        admit(state, budgets, chosen)
     return ScheduleBatch(list(chosen), list(chosen.values()))
 
-# %% ../../nbs/30_scheduler.ipynb #6c147821
+# %% ../../nbs/30_scheduler.ipynb #6839e240
 def advance(
     state: SchedulerState,
     req: Req,
@@ -278,13 +309,13 @@ def advance(
     if req.num_pending:
         return  # a chunk in the middle of a prompt: its sample means nothing
     if num_tokens > 1 or not req.num_output:
-        publish(state.memory, req)
+        publish(state.memory_of(req), req)
     accept_token(req, out, b)
     state.counters.output_tokens += bool(out.finite[b])
     if req.finish:
         remove(state, req)
 
-# %% ../../nbs/30_scheduler.ipynb #709dd6c3
+# %% ../../nbs/30_scheduler.ipynb #454730c9
 def recover(state: SchedulerState, batch: ScheduleBatch, error: StepError) -> None:
     """The pool is lost: fail the step's requests, send all others back to the queue with their tokens."""
     for req in batch.reqs:
@@ -293,30 +324,31 @@ def recover(state: SchedulerState, batch: ScheduleBatch, error: StepError) -> No
         forget_pages(req)
     state.waiting += [r for r in state.running if not r.finish]
     state.running = []
-    state.memory = state.new_memory()
+    state.memories = state.new_memories()
 
-# %% ../../nbs/30_scheduler.ipynb #4220a21c
+# %% ../../nbs/30_scheduler.ipynb #17a3c650
 def run(state: SchedulerState, batch: ScheduleBatch) -> list[Message]:
     """One device step, and what it means for each of its requests."""
-    bucket = state.runner.buckets.pick(batch.q_lens)
+    shards = state.runner.num_shards
+    bucket = state.runner.buckets.pick(*batch.by_shard(shards))
     state.counters.steps += 1
     try:
-        out = state.runner.run(batch.rows(), state.sampling.of(batch, bucket.rows), bucket)
+        out = state.runner.run(batch.rows(), state.sampling.of(batch, bucket.rows, shards), bucket)
     except StepError as error:
         recover(state, batch, error)
     else:
-        for b, (req, n) in enumerate(zip(batch.reqs, batch.q_lens, strict=True)):
+        for req, n, b in zip(batch.reqs, batch.q_lens, batch.places(bucket.rows), strict=True):
             advance(state, req, n, out, b)
     return [report(req) for req in batch.reqs if req.finish or (wants_report(req) and req.num_output > req.num_sent)]
 
-# %% ../../nbs/30_scheduler.ipynb #06f291c8
+# %% ../../nbs/30_scheduler.ipynb #e635f16a
 def check_pages(state: SchedulerState) -> None:
-    """Raise RuntimeError unless free + cached + in use == total."""
-    own = sum(len(r.pages) - r.num_tree_pages for r in state.running)
-    free, cached = state.memory.allocator.num_free, state.memory.cache.num_cached
-    total = state.memory.allocator.num_pages
-    if free + cached + own != total:
-        raise RuntimeError(f"{total} pages, but {free} free + {cached} cached + {own} in use")
+    """Raise RuntimeError unless free + cached + in use == total, on every shard."""
+    for shard, memory in enumerate(state.memories):
+        own = sum(len(r.pages) - r.num_tree_pages for r in state.running_on(shard))
+        free, cached, total = memory.allocator.num_free, memory.cache.num_cached, memory.allocator.num_pages
+        if free + cached + own != total:
+            raise RuntimeError(f"shard {shard}: {total} pages, but {free} free + {cached} cached + {own} in use")
 
 # %% ../../nbs/30_scheduler.ipynb #1c0e0cbb
 class Scheduler:

@@ -6,7 +6,7 @@
 __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'has_sixteen_bit', 'choose_dtype', 'device_memory', 'choose_num_pages',
            'choose_backend', 'choose_buckets', 'enable_compile_cache', 'build_runner', 'limits_of', 'build_scheduler']
 
-# %% ../../nbs/30b_startup.ipynb #0e24c44a
+# %% ../../nbs/30b_startup.ipynb #a3578db7
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
 
 import os
@@ -22,7 +22,7 @@ from ..model_executor.model_runner import Buckets, ModelRunner
 from ..models.hub import default_cache, load_model_config, open_checkpoint, resolve_model
 from ..models.weights import load_model
 from ..server_args import ServerArgs
-from ..sharding import check_tp, make_mesh
+from ..sharding import check_tp, make_mesh, replicate_kv_heads
 
 # %% ../../nbs/30b_startup.ipynb #342e2486
 SIXTEEN_BIT = frozenset({"avx512_bf16", "amx_bf16", "avx512_fp16", "bf16"})  # names in Linux's /proc/cpuinfo
@@ -99,33 +99,35 @@ def enable_compile_cache(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# %% ../../nbs/30b_startup.ipynb #4421c7ad
+# %% ../../nbs/30b_startup.ipynb #01e18293
 def build_runner(
     args: ServerArgs,
     path: Path,  # a checkpoint directory or a .gguf file
     report: Callable[[str], None],
 ) -> ModelRunner:
     """Weights on their devices, pages beside them, nothing compiled yet."""
-    mesh = make_mesh(tp=args.tp_size)
+    mesh = make_mesh(tp=args.tp_size, dp=args.dp_size)
     device = mesh.devices.flat[0]
     dtype = choose_dtype(args.dtype, device.platform, has_sixteen_bit())
     config = load_model_config(path, dtype, args.context_length)
     check_tp(config, args.tp_size)
-    num_pages = choose_num_pages(args, config, device)
     size = f"{config.num_params() / 1e6:.0f}M weights in {config.dtype}"
     report(f"{config.architecture}, {size} on {device.device_kind}")
+    config = replicate_kv_heads(config, args.tp_size)
+    num_pages = choose_num_pages(args, config, device)
     model = load_model(config, open_checkpoint(path), mesh)
-    report(f"KV cache: {num_pages} pages of {args.page_size} tokens, {config.kv_bytes_per_token() / 1024} KiB a token")
+    pages = f"{num_pages} pages" if args.dp_size == 1 else f"{args.dp_size} times {num_pages} pages"
+    report(f"KV cache: {pages} of {args.page_size} tokens, {config.kv_bytes_per_token() / 1024} KiB a token")
     backend = choose_backend(args.attention_backend, device.platform)
     buckets = choose_buckets(args, config, device.platform)
     return ModelRunner(model, config, mesh, num_pages, args.page_size, buckets, backend)
 
-# %% ../../nbs/30b_startup.ipynb #b5f23b49
+# %% ../../nbs/30b_startup.ipynb #1d808449
 def limits_of(
     args: ServerArgs,
     runner: ModelRunner,
 ) -> Limits:
-    """What may be admitted: no request longer than the whole pool."""
+    """What may be admitted: no request longer than a whole shard's pool."""
     return Limits(
         context_len=min(runner.config.context_len, runner.num_pages * runner.page_size),
         vocab_size=runner.config.vocab_size,

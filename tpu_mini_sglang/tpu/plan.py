@@ -11,7 +11,7 @@ __all__ = ['FLAT', 'SOLID', 'HALVES', 'DOCS', 'GIB', 'GENERATIONS', 'COLLECTIVE'
            'versions', 'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines', 'read_model', 'prepare',
            'note', 'run']
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #fb95d7bb
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #f150b442
 """What a TPU would need and could do at best, from the compiler's figures: no TPU, no weights."""
 
 import argparse
@@ -44,7 +44,7 @@ from ..model_executor.model_runner import Bucket, forward_step, make_forward_bat
 from ..models.decoder import abstract_model
 from ..models.hub import load_model_config, read_json, resolve_model
 from ..sampling.sampler import SamplingBatch
-from ..sharding import check_tp, make_mesh, sharding
+from ..sharding import check_tp, make_mesh, replicate_kv_heads, sharding
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #dda8b498
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def measures(
         "collectives": find_collectives(compiled.as_text()),
     }
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #bb1c7be9
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #ef025503
 def compile_step(
     config: ModelConfig,
     topology: str,  # as the compiler names it, such as "v6e:2x4"
@@ -198,6 +198,7 @@ def compile_step(
 ) -> dict[str, Any]:
     """Compile the engine's own step for a TPU that is not here. Needs libtpu; raises ConfigError for a bad tp."""
     check_tp(config, tp)
+    config = replicate_kv_heads(config, tp)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(tp=tp, devices=list(devices))
     graph, weights = abstract_weights(config, mesh)
@@ -395,7 +396,7 @@ class Load:
         """A decode step with all requests, and a prefill step."""
         return [Bucket(self.requests, self.requests, 1), Bucket(max(self.chunk, self.requests), self.requests, 64)]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #430b6b09
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #ee9d78bf
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device."""
@@ -421,9 +422,9 @@ def token_bytes(
     tp: int,
 ) -> int:
     """Bytes of cache that a token takes on each device: keys, values and its id."""
-    return config.kv_bytes_per_token() // tp + TOKEN_ID_BYTES
+    return replicate_kv_heads(config, tp).kv_bytes_per_token() // tp + TOKEN_ID_BYTES
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #0bb28de4
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #5fc6f79d
 def need(
     config: ModelConfig,
     where: Slice,
@@ -432,6 +433,7 @@ def need(
     temporaries: int = 0,  # bytes on a device, from the compiler
 ) -> Memory:
     """Bytes on a device, by arithmetic but for the temporaries."""
+    config = replicate_kv_heads(config, tp)
     h, per_layer = config.hidden_size, 2 * config.hidden_size + config.qk_norm * 2 * config.head_dim
     norms = (config.num_layers * per_layer + h) * config.weight_bytes() // config.num_params()  # on every device
     weights = (config.weight_bytes() - norms) // tp + norms
@@ -499,7 +501,7 @@ def divides(
         return False
     return True
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #2185568c
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #34c97495
 @dataclass(frozen=True)
 class Limits:
     """The shortest time of one step: predicted from published rates, not measured."""
@@ -522,6 +524,7 @@ def step_limits(
     scored: int | None = None,  # tokens whose logits are computed; None: all
 ) -> Limits:
     """Weights and cached KV read once, two operations a weight and token; attention's own arithmetic left out."""
+    config = replicate_kv_heads(config, tp)
     table = config.vocab_size * config.hidden_size
     body = config.num_params() - table * (1 if config.tie_word_embeddings else 2)
     width = config.weight_bytes() // config.num_params()
