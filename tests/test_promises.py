@@ -5,6 +5,7 @@ import random
 import jax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from tpu_mini_sglang.managers.io_struct import AbortReq, GenerateReq
 from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
@@ -18,15 +19,20 @@ TINY = ModelConfig("LlamaForCausalLM", 61, 32, 64, 2, 4, 2, 8, 128, dtype="float
 PAGE, CHUNK, ROWS = 4, 32, 4
 
 
-@pytest.fixture(scope="module")
-def runner() -> ModelRunner:
-    """One runner with few pages; its programs serve every test of this file."""
+def new_runner(mesh: Mesh) -> ModelRunner:
+    """A warm runner with few pages."""
     model = DecoderLM(TINY, rngs=nnx.Rngs(1), dtype="float32")
     # a random model's logits are nearly flat: sharpen them, so that sampling has something to choose
     model.embed_tokens.embedding.value = model.embed_tokens.embedding.value * 30
-    runner = ModelRunner(model, TINY, make_mesh(), 40, PAGE, Buckets(CHUNK, ROWS, q_block=16))
+    runner = ModelRunner(model, TINY, mesh, 40, PAGE, Buckets(CHUNK, ROWS, q_block=16))
     runner.warmup(lambda line: None)
     return runner
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    """One runner; its programs serve every test of this file."""
+    return new_runner(make_mesh())
 
 
 def new_scheduler(runner: ModelRunner, policy: str = "fcfs", cache: bool = True) -> Scheduler:

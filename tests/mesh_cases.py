@@ -1,0 +1,152 @@
+"""The engine on fake devices: a child process of test_mesh.py, because XLA reads their number before JAX starts.
+
+By hand: `python tests/mesh_cases.py tokens '{"name": "qwen3", "tp": 4, "dp": 2}'` prints one JSON line a case.
+"""
+
+import json
+import os
+import random
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+# optimising machine code takes longer here than running it; collectives are placed long before that
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
+
+import jax
+import numpy as np
+import test_promises
+from jax.sharding import NamedSharding, PartitionSpec
+from parity_models import VARIANTS, write_checkpoint
+
+from tpu_mini_sglang.kernels.attention import AttentionBatch, paged_attention
+from tpu_mini_sglang.kernels.ragged_prefill import attention_kernels
+from tpu_mini_sglang.managers.io_struct import GenerateReq
+from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
+from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
+from tpu_mini_sglang.models.hub import load_model_config, open_checkpoint
+from tpu_mini_sglang.models.weights import load_model
+from tpu_mini_sglang.sampling.sampling_params import SamplingParams
+from tpu_mini_sglang.sharding import check_tp, make_mesh, replicate_kv_heads
+from tpu_mini_sglang.tpu.plan import find_collectives
+
+SPLITS = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 256}
+PAGE, CHUNK, ROWS, PAGES = 4, 32, 4, 40
+
+
+def load_runner(hf: dict, tp: int, dp: int, backend: str = "xla", buckets: Buckets | None = None) -> ModelRunner:
+    """The engine's own way from a checkpoint to a runner."""
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = write_checkpoint(Path(tmp), hf)
+        config, mesh = load_model_config(folder, dtype="float32"), make_mesh(tp, dp)
+        check_tp(config, tp)
+        config = replicate_kv_heads(config, tp)
+        model = load_model(config, open_checkpoint(folder), mesh, progress=False)
+        return ModelRunner(model, config, mesh, PAGES, PAGE, buckets or Buckets(CHUNK, ROWS, ROWS, 16), backend)
+
+
+def requests(vocab: int, count: int) -> list[GenerateReq]:
+    """Prompts that share prefixes and are longer than a chunk; half greedy, half sampled with all that there is."""
+    rng, specs = random.Random(0), []
+    prefixes = [[rng.randrange(3, vocab) for _ in range(n)] for n in (9, 21, 40)]
+    for i in range(count):
+        prompt = prefixes[i % 3] + [rng.randrange(3, vocab) for _ in range(rng.randint(1, 9))]
+        sampled = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.2, "logit_bias": {7: 1.5}}
+        params = SamplingParams(
+            **sampled if i % 2 else {"temperature": 0.0}, seed=i, max_new_tokens=8 + i, ignore_eos=True
+        )
+        specs.append(GenerateReq(f"r{i}", prompt, params, logprobs=i % 4 == 1, top_logprobs=3))
+    return specs
+
+
+def serve(runner: ModelRunner, specs: list[GenerateReq]) -> dict[str, list[int]]:
+    """The tokens of each request, served together through a scheduler; those of top logprobs after them."""
+    config = runner.config
+    limits = Limits(config.context_len, config.vocab_size, config.eos_token_ids, CHUNK, ROWS)
+    scheduler, tokens, top = Scheduler(runner, limits), {s.rid: [] for s in specs}, {s.rid: [] for s in specs}
+    incoming, used = list(specs), set()
+    while incoming or scheduler.has_work:
+        for out in scheduler.step(incoming[:3]):
+            assert out.finish is None or out.finish.type == "length", out
+            tokens[out.rid] += out.token_ids
+            top[out.rid] += [i for entry in out.logprobs or [] for i, _ in entry.top]
+        incoming = incoming[3:]
+        check_pages(scheduler.state)
+        used |= {r.shard for r in scheduler.state.running}
+    assert used == set(range(runner.num_shards)), f"only the shards {used} had work"
+    assert runner.num_shards > 2 or stats(scheduler.state)["cached_tokens"] > 0, "no prefix was ever found"
+    return {rid: tokens[rid] + top[rid] for rid in tokens}
+
+
+def tokens(name: str, tp: int, dp: int, backend: str = "xla", count: int = 9) -> dict:
+    """What the requests get from this family on this mesh."""
+    hf = VARIANTS[name] | SPLITS
+    return {"tokens": serve(load_runner(hf, tp, dp, backend), requests(hf["vocab_size"], count))}
+
+
+def collectives(tp: int, dp: int, layers: int, decode: bool, vocab: int = 8192) -> dict:
+    """(kind, shape, bytes) of each collective in the runner's own program for a step."""
+    hf = VARIANTS["llama"] | SPLITS | {"num_hidden_layers": layers, "vocab_size": vocab}
+    runner = load_runner(hf, tp, dp)
+    (bucket,) = runner.buckets.decode if decode else runner.buckets.extend
+    runner.compile(bucket)
+    return {
+        "found": find_collectives(runner.programs[bucket].as_text()),
+        "hidden": f"f32[{bucket.tokens},{hf['hidden_size']}]",
+        "logits": bucket.rows * vocab * 4,
+    }
+
+
+def kernels(tp: int, dp: int, q_block: int, window: int | None) -> dict:
+    """How far the Pallas kernels, interpreted on this mesh, lie from XLA's attention on one device."""
+    rng, mesh, heads, rows = np.random.default_rng(0), make_mesh(tp, dp), 8, 3
+    q_lens = [1] * rows if q_block == 1 else [1, 7, 4]
+    tokens = q_block if q_block > 1 else rows
+    batch = AttentionBatch(
+        np.tile(np.cumsum([0, *q_lens], dtype=np.int32), dp),
+        rng.integers(8, 30, dp * rows, dtype=np.int32),
+        rng.integers(1, 20, (dp * rows, 8), dtype=np.int32),
+        q_block,
+    )
+    q = rng.normal(size=(dp * tokens, 2 * heads, 16)).astype(np.float32)
+    pages = rng.normal(size=(dp * 20, heads, 4, 32)).astype(np.float32)
+
+    def attend(backend: str, q: jax.Array, pages: jax.Array, batch: AttentionBatch) -> jax.Array:
+        return paged_attention(q, pages, batch, scale=0.25, window=window, **attention_kernels(backend))
+
+    own = PartitionSpec("data")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(pages, NamedSharding(mesh, PartitionSpec("data", "tensor")))
+        step = partial(attend, "pallas")
+        if dp > 1:
+            step = jax.shard_map(step, in_specs=own, out_specs=own, axis_names={"data"}, check_vma=False)
+        got = np.asarray(jax.jit(step)(q, placed, batch)).reshape(dp, -1)
+    parts = [jax.tree.map(lambda x, s=s: np.split(x, dp)[s], (q, pages, batch)) for s in range(dp)]
+    want = np.stack([np.asarray(jax.jit(partial(attend, "xla"))(*part)).reshape(-1) for part in parts])
+    assert np.abs(want).max() > 0.1
+    return {"error": float(np.abs(got - want).max())}
+
+
+def promises(tp: int, dp: int) -> dict:
+    """The tests of test_promises.py over the shards of one runner."""
+    runner = test_promises.new_runner(make_mesh(tp, dp))
+    test_promises.test_same_tokens_alone_in_a_crowd_cached_and_retracted(runner, 0, "fcfs", True)
+    test_promises.test_same_tokens_alone_in_a_crowd_cached_and_retracted(runner, 1, "lpm", False)
+    test_promises.test_retraction_changes_no_token(runner)
+    test_promises.test_aborted_neighbours_change_no_token(runner)
+    test_promises.test_nothing_compiles_after_warmup(runner)
+    return {"kept": True}
+
+
+def main(kind: str, *cases: str) -> None:
+    """Run each case; one JSON line of results each."""
+    run = {"tokens": tokens, "collectives": collectives, "promises": promises, "kernels": kernels}[kind]
+    for case in cases:
+        about = json.loads(case)
+        print(json.dumps(about | run(**about)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

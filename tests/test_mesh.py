@@ -1,0 +1,101 @@
+"""One engine on 1, 2, 4 and 8 fake devices: equal tokens, counted collectives, and the scheduler's promises per shard."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from parity_models import VARIANTS
+
+MESHES = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4), (1, 8)]  # tp, dp; the models have 2 KV heads
+ROWS = 4  # of a step, on each shard
+
+
+def run_cases(kind: str, cases: list[dict]) -> list[dict]:
+    """What mesh_cases.py prints, in a process that has eight fake devices."""
+    command = [sys.executable, str(Path(__file__).with_name("mesh_cases.py")), kind, *map(json.dumps, cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check_tokens(name: str, cases: list[dict]) -> None:
+    """Greedy and sampled tokens and the ids of the top logprobs equal one device's.
+
+    Tokens, not logits: a sum over devices is rounded in another order than a sum on one.
+    """
+    alone, *others = run_cases("tokens", [{"name": name} | case for case in [{"tp": 1, "dp": 1}, *cases]])
+    assert len(alone["tokens"]) > 4 and len(others) == len(cases)
+    for other in others:
+        assert other["tokens"] == alone["tokens"], (other["tp"], other["dp"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name,meshes", [("llama_biases", [(2, 2), (8, 1)]), ("qwen3_tied_biases", [(4, 2)])])
+def test_tokens_do_not_depend_on_the_mesh(name, meshes):
+    check_tokens(name, [{"tp": tp, "dp": dp} for tp, dp in meshes])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1100)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_family_on_every_mesh(name):
+    check_tokens(name, [{"tp": tp, "dp": dp} for tp, dp in MESHES])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_engine_with_pallas_kernels():
+    check_tokens("mistral_window", [{"tp": tp, "dp": dp, "backend": "pallas"} for tp, dp in [(2, 1), (2, 2)]])
+
+
+@pytest.mark.timeout(600)
+def test_pallas_kernels_agree_with_xla_on_a_mesh():
+    shapes = [{"q_block": 1, "window": None}, {"q_block": 12, "window": 9}]
+    for found in run_cases("kernels", [{"tp": 2, "dp": dp} | shape for dp in (1, 2) for shape in shapes]):
+        assert found["error"] < 1e-5, found
+
+
+def check_collectives(meshes: list[tuple[int, int]], decode: bool) -> None:
+    """Two all-reduces a layer, one for the embedding, small ones in the sampler, and over "data" only the outputs."""
+    cases = [{"tp": tp, "dp": dp, "layers": 2, "decode": decode} for tp, dp in meshes]
+    programs = {(case["tp"], case["dp"]): case for case in run_cases("collectives", cases)}
+    for (tp, dp), case in programs.items():
+        found = Counter((kind, shape) for kind, shape, _ in case["found"])
+        for kind, shape, size in case["found"]:
+            assert size < case["logits"] / 8, f"{kind} {shape} on {tp} x {dp} devices: are these logits?"
+        results = [f"s32[{ROWS * dp}]", f"f32[{ROWS * dp}]", f"u8[{ROWS * dp}]"]  # of a SampleOutput
+        results += [f"s32[{ROWS * dp},20]", f"f32[{ROWS * dp},20]"]
+        outputs = Counter(("all-gather", shape) for shape in results)
+        if dp > 1:
+            assert found & outputs == outputs, "what is sampled is needed in every process"
+            found -= outputs
+            alone = programs.get((tp, 1))
+            assert alone is None or found == Counter((kind, shape) for kind, shape, _ in alone["found"])
+        if tp == 1:
+            assert not found, f"a group of one device has nobody to talk to: {found}"
+            continue
+        assert found.pop(("all-reduce", case["hidden"])) == 2 * 2 + 1
+        small = {f"[{ROWS}]", f"[{ROWS},1]", f"[{ROWS},{tp}]", f"[{ROWS},20]", f"[{ROWS},{20 * tp}]"}
+        assert {shape[3:] for _, shape in found} <= small, found  # sums, maxima and candidates of each row
+
+
+@pytest.mark.timeout(600)
+def test_collectives_of_a_decode_step():
+    check_collectives([(2, 1), (2, 2), (8, 1), (1, 2)], decode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1100)
+@pytest.mark.parametrize("decode", [True, False])
+def test_collectives_on_every_mesh(decode):
+    check_collectives(MESHES, decode)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dp", [2, 3])
+def test_promises_hold_on_every_shard(dp):
+    assert [case["kept"] for case in run_cases("promises", [{"tp": 1, "dp": dp}])] == [True]
