@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 # optimising machine code takes longer here than running it; collectives are placed long before that
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=FLAGS)
+os.environ.update(
+    JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import jax
 import numpy as np

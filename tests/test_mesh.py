@@ -1,4 +1,4 @@
-"""One engine on 1, 2, 4 and 8 fake devices: equal tokens, counted collectives, and the scheduler's promises per shard."""
+"""One engine on 1, 2, 4 and 8 fake devices: equal tokens, counted collectives, promises kept on each shard."""
 
 import json
 import subprocess
