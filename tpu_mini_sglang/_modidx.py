@@ -272,6 +272,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'tpu_mini_sglang/entrypoints/http_server.py'),
                                                          'tpu_mini_sglang.entrypoints.http_server.json_response': ( 'server.html#json_response',
                                                                                                                     'tpu_mini_sglang/entrypoints/http_server.py'),
+                                                         'tpu_mini_sglang.entrypoints.http_server.load': ( 'server.html#load',
+                                                                                                           'tpu_mini_sglang/entrypoints/http_server.py'),
                                                          'tpu_mini_sglang.entrypoints.http_server.make_app': ( 'server.html#make_app',
                                                                                                                'tpu_mini_sglang/entrypoints/http_server.py'),
                                                          'tpu_mini_sglang.entrypoints.http_server.model_info': ( 'server.html#model_info',

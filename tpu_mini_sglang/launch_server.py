@@ -431,6 +431,6 @@ def main(
     except KeyboardInterrupt:
         return 130
 
-# %% ../nbs/40b_launch.ipynb #5aef0d31
+# %% ../nbs/40b_launch.ipynb #92365dab
 if __name__ == "__main__" and "__file__" in globals():  # run as a program, not as a notebook's cell
     sys.exit(main())
