@@ -6,7 +6,7 @@
 __all__ = ['COMPILE_THREADS', 'ladder', 'with_midpoints', 'Bucket', 'Buckets', 'Row', 'ForwardBatch', 'page_table_of', 'padded',
            'make_forward_batch', 'forward_step', 'StepError', 'ModelRunner']
 
-# %% ../../nbs/22_model_runner.ipynb #80e4f587
+# %% ../../nbs/22_model_runner.ipynb #1c493609
 """Batches as arrays of bucketed shapes, and the one compiled step that runs model and sampler over them."""
 
 import os
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..kernels.attention import AttentionBatch
 from ..mem_cache.pool import KVCache, init_kv_cache
@@ -63,7 +63,7 @@ class Bucket:
         """How progress lines and plots name the shape."""
         return f"decode {self.rows} rows" if self.q_block == 1 else f"extend {self.tokens} tokens"
 
-# %% ../../nbs/22_model_runner.ipynb #0b88b814
+# %% ../../nbs/22_model_runner.ipynb #1bd2fc6b
 class Buckets:
     """The shapes a server compiles: decode steps by rows, extend steps by tokens."""
 
@@ -177,7 +177,7 @@ def forward_step(
 class StepError(RuntimeError):
     """A step failed on the device; its KV pool was lost and has been made anew, empty."""
 
-# %% ../../nbs/22_model_runner.ipynb #b5945e25
+# %% ../../nbs/22_model_runner.ipynb #89befa11
 COMPILE_THREADS = 4  # more would only hold more half-made programs in memory
 
 
@@ -198,6 +198,7 @@ class ModelRunner:
         self.table_width = min(-(-config.context_len // page_size), num_pages)
         self.programs: dict[Bucket, jax.stages.Compiled] = {}
         self.mesh = mesh
+        self.announce: Callable[[ForwardBatch, Bucket], object] = lambda batch, bucket: None  # called before each step
         self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, config.dtype, mesh)
         self.kv = self._new_kv()
         graph, self.weights = nnx.split(model)
@@ -206,12 +207,20 @@ class ModelRunner:
             return forward_step(nnx.merge(graph, weights), kv, batch, backend)
 
         places = jax.tree.map(lambda x: x.sharding, self.kv)  # a step leaves the pages where it found them
-        self._step = jax.jit(step, donate_argnums=1, out_shardings=(places, None))
+        everywhere = NamedSharding(mesh, PartitionSpec())  # and each process can read its tokens
+        self._step = jax.jit(step, donate_argnums=1, out_shardings=(places, everywhere))
 
     @property
     def num_compiles(self) -> int:
         """Programs compiled so far; constant once warm."""
         return len(self.programs)
+
+    def empty(
+        self,
+        bucket: Bucket,
+    ) -> ForwardBatch:
+        """A batch of this shape without a request."""
+        return make_forward_batch([], SamplingBatch.greedy(bucket.rows), bucket, self.table_width)
 
     def compile(
         self,
@@ -219,9 +228,8 @@ class ModelRunner:
     ) -> float:  # seconds
         """Make the program of one shape; needs no request, only its shapes."""
         start = time.perf_counter()
-        batch = make_forward_batch([], SamplingBatch.greedy(bucket.rows), bucket, self.table_width)
         with jax.set_mesh(self.mesh):  # where kernels look for the axis that splits the heads
-            self.programs[bucket] = self._step.lower(self.weights, self.kv, batch).compile()
+            self.programs[bucket] = self._step.lower(self.weights, self.kv, self.empty(bucket)).compile()
         return time.perf_counter() - start
 
     def run(
@@ -231,7 +239,9 @@ class ModelRunner:
         bucket: Bucket,
     ) -> SampleOutput:  # numpy leaves
         """One step on the device; StepError (and an empty pool) if it fails there."""
-        return self.execute(make_forward_batch(rows, sampling, bucket, self.table_width), bucket)
+        batch = make_forward_batch(rows, sampling, bucket, self.table_width)
+        self.announce(batch, bucket)
+        return self.execute(batch, bucket)
 
     def execute(
         self,
@@ -250,15 +260,22 @@ class ModelRunner:
         self.kv = kv
         return out
 
-    def warmup(
+    def compile_all(
         self,
         report: Callable[[str], None] = print,  # receives one line a shape
     ) -> None:
-        """Compile every shape, several at a time, so that no request ever waits; then run the largest two once."""
+        """Compile every shape, several at a time, so that no request ever waits."""
         shapes = self.buckets.all()
         with ThreadPoolExecutor(min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
             jobs = {pool.submit(self.compile, bucket): bucket for bucket in reversed(shapes)}
             for done, job in enumerate(as_completed(jobs), 1):
                 report(f"compile {done}/{len(shapes)}: {jobs[job]}: {job.result():.1f} s")
+
+    def warmup(
+        self,
+        report: Callable[[str], None] = print,  # receives one line a shape
+    ) -> None:
+        """Compile every shape, then run the largest two once: memory that does not suffice shows now."""
+        self.compile_all(report)
         for bucket in (self.buckets.decode[-1], self.buckets.extend[-1]):
-            self.run([], SamplingBatch.greedy(bucket.rows), bucket)  # memory that does not suffice shows now
+            self.run([], SamplingBatch.greedy(bucket.rows), bucket)
