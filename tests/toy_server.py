@@ -6,17 +6,24 @@ import time
 from tpu_mini_sglang.entrypoints.engine import toy_front
 from tpu_mini_sglang.launch_server import Builders, StartError, launch
 from tpu_mini_sglang.managers.detokenizer_manager import EchoScheduler, toy_detokenizer, toy_scheduler
-from tpu_mini_sglang.managers.io_struct import Message
+from tpu_mini_sglang.managers.io_struct import ControlOut, GenerateReq, Message
 from tpu_mini_sglang.server_args import ServerArgs
 
 
 class PacedScheduler(EchoScheduler):
-    """At most a thousand steps a second, so that a long answer is slow rather than a flood."""
+    """At most a thousand steps a second, so that a long answer is slow rather than a flood; counts its requests."""
+
+    arrivals = 0
 
     def step(self, incoming: list[Message]) -> list[Message]:
         if self.live:
             time.sleep(0.001)
-        return super().step(incoming)
+        self.arrivals += sum(isinstance(message, GenerateReq) for message in incoming)
+        out = super().step(incoming)
+        for message in out:
+            if isinstance(message, ControlOut):
+                message.data["arrivals"] = self.arrivals
+        return out
 
 
 def paced_scheduler(args: ServerArgs) -> PacedScheduler:

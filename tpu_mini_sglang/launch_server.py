@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GRACE_SECONDS', 'die_with_parent', 'Addresses', 'make_addresses', 'serve_core', 'say', 'real_front', 'real_scheduler',
-           'real_detokenizer', 'Builders', 'child_main', 'Child', 'start_child', 'StartError', 'wait_ready',
-           'may_share', 'bind', 'greeting', 'drain', 'Front', 'child_ended', 'receive_loop', 'http_config',
-           'make_server', 'make_manager', 'serve', 'launch', 'main']
+           'real_detokenizer', 'real_follower', 'Builders', 'child_main', 'Child', 'start_child', 'StartError',
+           'wait_ready', 'may_share', 'bind', 'greeting', 'drain', 'Front', 'child_ended', 'receive_loop',
+           'http_config', 'make_server', 'make_manager', 'serve', 'launch', 'main']
 
-# %% ../nbs/40b_launch.ipynb #63d86c08
+# %% ../nbs/40b_launch.ipynb #f0fdbcf5
 """Starts the engine's processes, ends them together, and leaves none behind."""
 
 import argparse
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .model_config import CheckpointError, ConfigError
 from .server_args import ServerArgs
@@ -131,7 +131,18 @@ def real_detokenizer(
     assert args.model_path is not None
     return DetokenizerManager(load_tokenizer(args.model_path, args.chat_template))
 
-# %% ../nbs/40b_launch.ipynb #d07f245c
+# %% ../nbs/40b_launch.ipynb #304f65f4
+def real_follower(
+    args: ServerArgs,  # of a host that is not node 0
+) -> NoReturn:
+    """Such a host has no clients and no tokens: this process is its device's, and a signal ends it at once."""
+    from tpu_mini_sglang.managers.startup import run_follower
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    run_follower(args, say)
+
+
 @dataclass(frozen=True)
 class Builders:
     """What makes each part; functions of modules, since a spawned process imports them by name."""
@@ -139,6 +150,7 @@ class Builders:
     front: Callable[[ServerArgs], tuple[ServerArgs, "Tokenizer", "Limits"]] = real_front
     scheduler: Callable[[ServerArgs], Any] = real_scheduler
     detokenizer: Callable[[ServerArgs], Any] = real_detokenizer
+    follower: Callable[[ServerArgs], int] = real_follower
 
 # %% ../nbs/40b_launch.ipynb #735fda57
 def child_main(
@@ -392,12 +404,14 @@ async def serve(
     await this.server.serve([listener])
     return this.exit_code
 
-# %% ../nbs/40b_launch.ipynb #b1aabb3c
+# %% ../nbs/40b_launch.ipynb #82361f98
 def launch(
     args: ServerArgs,  # checked
     builders: Builders = Builders(),  # what makes the parts
 ) -> int:  # exit code
     """Start the processes, serve, end the processes."""
+    if args.node_rank:
+        return builders.follower(args)
     listener = bind(args.host, args.port)
     folder, children = tempfile.mkdtemp(prefix="tpu-mini-sglang-"), list[Child]()
     try:
@@ -431,6 +445,6 @@ def main(
     except KeyboardInterrupt:
         return 130
 
-# %% ../nbs/40b_launch.ipynb #5aef0d31
+# %% ../nbs/40b_launch.ipynb #92365dab
 if __name__ == "__main__" and "__file__" in globals():  # run as a program, not as a notebook's cell
     sys.exit(main())

@@ -106,7 +106,7 @@ class Flags:
         """The parsed flags, checked."""
         return cls(**{f.name: getattr(ns, f.name) for f in fields(cls)})
 
-# %% ../nbs/02_server_args.ipynb #301e80be
+# %% ../nbs/02_server_args.ipynb #7dd30389
 @dataclass(frozen=True)
 class ServerArgs(Flags):
     """The settings of one engine or server, under SGLang's names."""
@@ -129,13 +129,23 @@ class ServerArgs(Flags):
     max_queued_requests: int = flag(1024, "waiting requests; the next one gets HTTP status 503", bounds=(1, 1 << 20))
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
-    tp_size: int = flag(1, "devices that share each layer", "--tp", "--tensor-parallel-size", bounds=(1, 4096))
+    tp_size: int | None = flag(
+        None,
+        "devices that share each layer (default: as many of a TPU's as the model can use; elsewhere 1)",
+        "--tp",
+        "--tensor-parallel-size",
+        bounds=(1, 4096),
+    )
     dp_size: int = flag(
         1,
         "groups of --tp-size devices, each with all weights; the limits below are each group's",
         "--dp", "--data-parallel-size",
         bounds=(1, 4096),
     )  # fmt: skip
+    nnodes: int = flag(1, "hosts that share the model", bounds=(1, 1024))
+    node_rank: int = flag(0, "which of them this is; 0 answers HTTP", bounds=(0, 1023))
+    dist_init_addr: str | None = flag(None, "host:port of node 0, the port after it is used too")
+    dist_timeout: int = flag(300, "seconds to wait for the other hosts at start", bounds=(1, 86400))
     attention_backend: str = flag("auto", "auto: pallas on a TPU, else xla", choices=("auto", "xla", "pallas"))
     page_size: int = flag(16, "tokens in a KV page, a power of two", bounds=(1, 256))
     mem_fraction_static: float = flag(0.8, "share of device memory for weights and KV pages", bounds=(0.05, 0.95))
@@ -155,7 +165,7 @@ class ServerArgs(Flags):
         super().validate()
         check_together(self)
 
-# %% ../nbs/02_server_args.ipynb #38bd669e
+# %% ../nbs/02_server_args.ipynb #748fabd2
 def check_together(
     args: ServerArgs,  # values already good one by one
 ) -> None:
@@ -167,5 +177,11 @@ def check_together(
         raise ConfigError(f"--chunked-prefill-size {chunk} must be a multiple of --page-size {page}")
     if total is not None and total < page:
         raise ConfigError(f"--max-total-tokens {total} must hold at least one page, --page-size {page}")
+    if args.node_rank >= args.nnodes:
+        raise ConfigError(f"--node-rank {args.node_rank} must be below --nnodes {args.nnodes}")
+    if (args.nnodes > 1) != (args.dist_init_addr is not None):
+        raise ConfigError("--nnodes above 1 and --dist-init-addr host:port need each other")
+    if args.nnodes > 1 and args.dp_size > 1:
+        raise ConfigError(f"--dp-size {args.dp_size} must be 1 where --nnodes is above 1")
     if args.chat_template is not None and not Path(args.chat_template).is_file():
         raise ConfigError(f"--chat-template {args.chat_template} is not a file")

@@ -108,7 +108,7 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
-# %% ../../nbs/39_openai.ipynb #ceedef12
+# %% ../../nbs/39_openai.ipynb #0642df95
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -129,17 +129,23 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_cache_retention": (),
     "suffix": ("",),
     "best_of": (1,),
+    # SGLang's, which its router spells out in every request
+    "continue_final_message": (False,),
+    "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
+    "return_hidden_states": (False,),
 }
 
-# %% ../../nbs/39_openai.ipynb #87d99894
+# %% ../../nbs/39_openai.ipynb #7ea6f48b
 def drop_unsupported(
     body: dict[str, Any],  # a parsed request
+    table: dict[str, tuple[Any, ...]] = UNSUPPORTED,  # field -> values of it that ask for nothing
 ) -> dict[str, Any]:
     """The body without the fields we know and cannot do; RequestError where one of them asks for something."""
-    for name in UNSUPPORTED.keys() & body.keys():
-        if body[name] is not None and not any(body[name] == v for v in UNSUPPORTED[name]):
+    for name in table.keys() & body.keys():
+        if body[name] is not None and not any(body[name] == v for v in table[name]):
             raise RequestError(f"{name}: this server does not support it", param=name, code="unsupported_parameter")
-    return {k: v for k, v in body.items() if k not in UNSUPPORTED}
+    return {k: v for k, v in body.items() if k not in table}
 
 # %% ../../nbs/39_openai.ipynb #ebfe8e3b
 R = TypeVar("R", bound=Sampling)

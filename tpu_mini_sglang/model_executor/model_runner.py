@@ -205,7 +205,7 @@ def on_each_shard(
 class StepError(RuntimeError):
     """A step failed on the device; its KV pool was lost and has been made anew, empty."""
 
-# %% ../../nbs/22_model_runner.ipynb #f5087be1
+# %% ../../nbs/22_model_runner.ipynb #8b0da2b0
 COMPILE_THREADS = 4  # more would only hold more half-made programs in memory
 
 
@@ -226,6 +226,7 @@ class ModelRunner:
         self.table_width = min(-(-config.context_len // page_size), num_pages)
         self.programs: dict[Bucket, jax.stages.Compiled] = {}
         self.mesh = mesh
+        self.announce: Callable[[ForwardBatch, Bucket], object] = lambda batch, bucket: None  # called before each step
         self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, config.dtype, mesh)
         self.kv = self._new_kv()
         graph, self.weights = nnx.split(model)
@@ -247,15 +248,13 @@ class ModelRunner:
         """Programs compiled so far; constant once warm."""
         return len(self.programs)
 
-    def make_batch(
+    def empty(
         self,
-        rows: Sequence[Row],
-        sampling: SamplingBatch | None,  # numpy leaves, [num_shards * bucket.rows, ...]; None: all rows greedy
         bucket: Bucket,
-    ) -> ForwardBatch:  # numpy leaves, their shapes from the bucket alone
-        """The rows as arrays."""
-        sampling = sampling or SamplingBatch.greedy(self.num_shards * bucket.rows)
-        return make_forward_batch(rows, sampling, bucket, self.table_width, self.num_shards)
+    ) -> ForwardBatch:
+        """A batch of this shape without a request."""
+        nobody = SamplingBatch.greedy(self.num_shards * bucket.rows)
+        return make_forward_batch([], nobody, bucket, self.table_width, self.num_shards)
 
     def compile(
         self,
@@ -263,19 +262,20 @@ class ModelRunner:
     ) -> float:  # seconds
         """Make the program of one shape; needs no request, only its shapes."""
         start = time.perf_counter()
-        batch = self.make_batch([], None, bucket)
         with jax.set_mesh(self.mesh):  # where kernels look for the axis that splits the heads
-            self.programs[bucket] = self._step.lower(self.weights, self.kv, batch).compile()
+            self.programs[bucket] = self._step.lower(self.weights, self.kv, self.empty(bucket)).compile()
         return time.perf_counter() - start
 
     def run(
         self,
         rows: Sequence[Row],
-        sampling: SamplingBatch | None,  # numpy leaves, [num_shards * bucket.rows, ...]; None: all rows greedy
+        sampling: SamplingBatch,  # numpy leaves, [num_shards * bucket.rows, ...]
         bucket: Bucket,
     ) -> SampleOutput:  # numpy leaves; the n-th row of shard s stands at s * bucket.rows + n
         """One step on the device; StepError (and an empty pool) if it fails there."""
-        return self.execute(self.make_batch(rows, sampling, bucket), bucket)
+        batch = make_forward_batch(rows, sampling, bucket, self.table_width, self.num_shards)
+        self.announce(batch, bucket)
+        return self.execute(batch, bucket)
 
     def execute(
         self,
@@ -294,15 +294,22 @@ class ModelRunner:
         self.kv = kv
         return out
 
-    def warmup(
+    def compile_all(
         self,
         report: Callable[[str], None] = print,  # receives one line a shape
     ) -> None:
-        """Compile every shape, several at a time, so that no request ever waits; then run the largest two once."""
+        """Compile every shape, several at a time, so that no request ever waits."""
         shapes = self.buckets.all()
         with ThreadPoolExecutor(min(COMPILE_THREADS, os.cpu_count() or 1)) as pool:
             jobs = {pool.submit(self.compile, bucket): bucket for bucket in reversed(shapes)}
             for done, job in enumerate(as_completed(jobs), 1):
                 report(f"compile {done}/{len(shapes)}: {jobs[job]}: {job.result():.1f} s")
+
+    def warmup(
+        self,
+        report: Callable[[str], None] = print,  # receives one line a shape
+    ) -> None:
+        """Compile every shape, then run the largest two once: memory that does not suffice shows now."""
+        self.compile_all(report)
         for bucket in (self.buckets.decode[-1], self.buckets.extend[-1]):
-            self.run([], None, bucket)  # memory that does not suffice shows now
+            self.run([], SamplingBatch.greedy(self.num_shards * bucket.rows), bucket)

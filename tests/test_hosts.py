@@ -1,0 +1,157 @@
+"""Several hosts, as processes of this machine: the same tokens as one process, and one end for all."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from parity_models import variant, write_checkpoint
+from test_server import Server
+
+from tpu_mini_sglang.managers.detokenizer_manager import toy_tokenizer
+
+ENV = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a tokenizer, in Hugging Face's files."""
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder, variant("llama", "LlamaForCausalLM", vocab_size=258))
+    toy_tokenizer().hf.save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, *more: str) -> list[str]:
+    """A server of that model with few and small programs."""
+    flags = ["--model-path", str(model), "--port", "0", "--page-size", "8", "--max-total-tokens", "1024"]
+    flags += ["--max-running-requests", "2", "--chunked-prefill-size", "64", "--dtype", "float32"]
+    flags += ["--compilation-cache-dir", str(model / "xla")]
+    return [sys.executable, "-m", "tpu_mini_sglang.launch_server", *flags, *more]
+
+
+class Node:
+    """A follower's process, with what it says."""
+
+    def __init__(self, line: list[str]):
+        self.process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=ENV)
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
+        self.reader.start()
+
+    def end(self, limit: float) -> tuple[int, str]:
+        """Wait for its own end; exit code and all that it said."""
+        try:
+            code = self.process.wait(limit)
+        finally:
+            self.process.kill()
+            self.reader.join()
+        return code, "".join(self.lines)
+
+
+def free_port() -> int:
+    """A port that is free, as is the next one, most likely."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return min(s.getsockname()[1], 60000)
+
+
+def start_pair(model: Path) -> tuple[Server, Node]:
+    """Node 0, ready, and node 1; each has one CPU device and half of the model."""
+    group = ["--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    node = Node(command(model, *group, "--node-rank", "1"))
+    try:
+        return Server(command(model, *group, "--node-rank", "0")), node
+    except BaseException:
+        node.process.kill()
+        raise
+
+
+def answers(url: str) -> list[list[int]]:
+    """Tokens of a few prompts, greedy and sampled, the second and third with a shared prefix, longer than a chunk."""
+    prompts = ["Hello", "abc " * 30, "abc " * 29 + "xyz"]
+    kinds = [{"temperature": 0}, {"temperature": 0.8, "seed": 7}, {"temperature": 1.2, "seed": 3, "top_p": 0.9}]
+    bodies = [
+        {"text": text, "sampling_params": kind | {"max_new_tokens": 12, "ignore_eos": True}}
+        for text in prompts
+        for kind in kinds
+    ]
+    return [httpx.post(url + "/generate", json=body, timeout=60).json()["output_ids"] for body in bodies]
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path) -> Iterator[tuple[Server, Node]]:
+    """A running group of two."""
+    server, node = start_pair(model)
+    yield server, node
+    server.end(signal.SIGKILL)
+    node.process.kill()
+    node.reader.join()
+
+
+def test_same_tokens_as_one_process(model, pair):
+    """Whatever one process answers, two processes with half of the model each answer too."""
+    alone = Server(command(model))
+    try:
+        expected = answers(alone.url)
+    finally:
+        alone.end()
+    assert answers(pair[0].url) == expected
+    assert len({tuple(tokens) for tokens in expected}) > 6  # or the comparison would say little
+
+
+def test_a_killed_follower_ends_the_leader(pair):
+    """The client that waits gets an error within seconds, the server says why and ends."""
+    server, node = pair
+    outcome: list[object] = []
+
+    def ask() -> None:
+        body = {"text": "Hello", "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+        try:
+            while not outcome:
+                reply = httpx.post(server.url + "/generate", json=body, timeout=60)
+                if reply.status_code != 200:
+                    outcome.append(reply.status_code)
+        except httpx.HTTPError as error:
+            outcome.append(error)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    time.sleep(1)
+    begun = time.monotonic()
+    node.process.kill()
+    assert server.process.wait(20) != 0
+    client.join(20)
+    assert outcome and time.monotonic() - begun < 20
+    server.rest.join()
+    assert "node 1 has ended or is out of reach" in "".join(server.lines)
+
+
+def test_a_killed_leader_ends_the_follower(model):
+    """Node 0 is killed with all its processes: node 1 says so and ends."""
+    server, node = start_pair(model)
+    server.end(signal.SIGKILL)
+    code, said = node.end(20)
+    assert code != 0 and "node 0 has ended or is out of reach" in said, said
+
+
+def test_different_settings_are_refused_by_all(model):
+    """Another page size on node 1: both end before anything is compiled, and both say what differs."""
+    group = ["--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    nodes = [Node(command(model, *group, "--node-rank", str(rank), "--page-size", str(8 << rank))) for rank in (0, 1)]
+    for code, said in [node.end(100) for node in nodes]:
+        assert code == 1 and "node 1 has page_size = 16, node 0 has 8" in said, said
+
+
+def test_a_node_that_never_comes(model):
+    """Node 0 alone gives up after --dist-timeout and names the missing node."""
+    group = ["--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}", "--dist-timeout", "1"]
+    code, said = Node(command(model, *group)).end(60)
+    assert code == 1 and "node(s) [1] of 2 did not come" in said, said
