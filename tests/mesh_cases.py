@@ -26,10 +26,12 @@ from tpu_mini_sglang.kernels.attention import AttentionBatch, paged_attention
 from tpu_mini_sglang.kernels.ragged_prefill import attention_kernels
 from tpu_mini_sglang.managers.io_struct import GenerateReq
 from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
+from tpu_mini_sglang.managers.startup import build_scheduler
 from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
 from tpu_mini_sglang.models.hub import load_model_config, open_checkpoint
 from tpu_mini_sglang.models.weights import load_model
 from tpu_mini_sglang.sampling.sampling_params import SamplingParams
+from tpu_mini_sglang.server_args import ServerArgs
 from tpu_mini_sglang.sharding import check_tp, make_mesh, replicate_kv_heads
 from tpu_mini_sglang.tpu.plan import find_collectives
 
@@ -85,6 +87,19 @@ def tokens(name: str, tp: int, dp: int, backend: str = "xla", count: int = 9) ->
     """What the requests get from this family on this mesh."""
     hf = VARIANTS[name] | SPLITS
     return {"tokens": serve(load_runner(hf, tp, dp, backend), requests(hf["vocab_size"], count))}
+
+
+def startup(name: str, tp: int, dp: int) -> dict:
+    """The tokens of a scheduler made from the server's own flags, and what its start said."""
+    hf, lines = VARIANTS[name] | SPLITS, []
+    with tempfile.TemporaryDirectory() as tmp:
+        args = ServerArgs(
+            model_path=str(write_checkpoint(Path(tmp) / "model", hf)), tp_size=tp, dp_size=dp, page_size=PAGE,
+            max_total_tokens=PAGES * PAGE, max_running_requests=ROWS, chunked_prefill_size=CHUNK, dtype="float32",
+            skip_server_warmup=True, compilation_cache_dir=tmp + "/xla",
+        )  # fmt: skip
+        runner = build_scheduler(args, lines.append).state.runner
+        return {"lines": lines, "tokens": serve(runner, requests(hf["vocab_size"], 9))}
 
 
 def collectives(tp: int, dp: int, layers: int, decode: bool, vocab: int = 8192) -> dict:
@@ -143,7 +158,9 @@ def promises(tp: int, dp: int) -> dict:
 
 def main(kind: str, *cases: str) -> None:
     """Run each case; one JSON line of results each."""
-    run = {"tokens": tokens, "collectives": collectives, "promises": promises, "kernels": kernels}[kind]
+    run = {"tokens": tokens, "collectives": collectives, "promises": promises, "kernels": kernels, "startup": startup}[
+        kind
+    ]
     for case in cases:
         about = json.loads(case)
         print(json.dumps(about | run(**about)), flush=True)

@@ -51,6 +51,15 @@ def test_the_engine_with_pallas_kernels():
     check_tokens("mistral_window", [{"tp": tp, "dp": dp, "backend": "pallas"} for tp, dp in [(2, 1), (2, 2)]])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_server_s_flags_make_the_mesh():
+    (alone,) = run_cases("tokens", [{"name": "llama", "tp": 1, "dp": 1}])
+    (found,) = run_cases("startup", [{"name": "llama", "tp": 4, "dp": 2}])
+    assert found["tokens"] == alone["tokens"]
+    assert "on 8 of 8" in found["lines"][0] and "2 times 40 pages" in found["lines"][-1], found["lines"]
+
+
 @pytest.mark.timeout(600)
 def test_pallas_kernels_agree_with_xla_on_a_mesh():
     shapes = [{"q_block": 1, "window": None}, {"q_block": 12, "window": 9}]
