@@ -63,7 +63,7 @@ class Bucket:
         """How progress lines and plots name the shape."""
         return f"decode {self.rows} rows" if self.q_block == 1 else f"extend {self.tokens} tokens"
 
-# %% ../../nbs/22_model_runner.ipynb #0b88b814
+# %% ../../nbs/22_model_runner.ipynb #1bd2fc6b
 class Buckets:
     """The shapes a server compiles: decode steps by rows, extend steps by tokens."""
 
@@ -177,7 +177,7 @@ def forward_step(
 class StepError(RuntimeError):
     """A step failed on the device; its KV pool was lost and has been made anew, empty."""
 
-# %% ../../nbs/22_model_runner.ipynb #b5945e25
+# %% ../../nbs/22_model_runner.ipynb #a0fa685b
 COMPILE_THREADS = 4  # more would only hold more half-made programs in memory
 
 
@@ -193,12 +193,15 @@ class ModelRunner:
         page_size: int,  # tokens
         buckets: Buckets,
         backend: str = "xla",  # of attention: "xla" or "pallas"
+        kv_dtype: str | None = None,  # of cached keys and values; None: the model's
+        kv_scales: np.ndarray | None = None,  # [L, 2, K] as in init_kv_cache
     ):
         self.config, self.num_pages, self.page_size, self.buckets = config, num_pages, page_size, buckets
         self.table_width = min(-(-config.context_len // page_size), num_pages)
         self.programs: dict[Bucket, jax.stages.Compiled] = {}
         self.mesh = mesh
-        self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, config.dtype, mesh)
+        kv = (kv_dtype or config.dtype, mesh, backend, kv_scales)
+        self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, *kv)
         self.kv = self._new_kv()
         graph, self.weights = nnx.split(model)
 
