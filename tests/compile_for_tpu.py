@@ -1,14 +1,16 @@
-"""Compile the attention kernels for real TPU generations on a machine without one; prints one JSON line a case.
+"""Compile the kernels for real TPU generations on a machine without one; prints one JSON line a case.
 
 A child process of test_tpu_compile.py, because libtpu reads its environment before JAX starts.
-Run by hand, it makes the chapters' tables: `python tests/compile_for_tpu.py v5e:2x2 v6e:2x2`.
+Run by hand, it makes the chapters' tables. Every configuration, 300 programs and some ten minutes a generation:
+`python tests/compile_for_tpu.py --all v5e:2x2 v6e:2x2 v5p:2x2x1 tpu7x:2x2x1`.
 """
 
+import argparse
+import importlib.metadata
 import json
 import os
-import sys
 import time
-from functools import partial
+from itertools import product
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
@@ -25,67 +27,106 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_mini_sglang.kernels.attention import AttentionBatch
-from tpu_mini_sglang.kernels.paged_decode import page_per_step_decode, paged_decode
+from tpu_mini_sglang.kernels.kv_write import page_write, stored_head_dim
+from tpu_mini_sglang.kernels.paged_decode import paged_decode
 from tpu_mini_sglang.kernels.ragged_prefill import ragged_prefill
 
-SHAPES = [(9, 3, 64), (32, 8, 128)]  # query heads, KV heads, head size: SmolLM2-135M and Llama-3-8B
+if jax.__version_info__ < (0, 8):  # it asks the TPU's client for its age and its layouts, and here there is none
+    from jax._src import tpu_custom_call
+    from jax._src.interpreters import pxla
+
+    tpu_custom_call.is_cloud_tpu_older_than = lambda *date_and_backend: True
+    pxla.is_default_layout = lambda *layout_sharding_aval: True
+
+PAGES = 1001  # of the pool
+TABLE = (32, 64)  # sequences, and pages that each may have
 
 
-def compiled_figures(function, shapes, place):
-    """Compile a function of arrays of these shapes; seconds and bytes of temporaries."""
+def decode_rows(q, kv, pages, batch):
+    """Attention of rows with one token."""
+    return paged_decode(q, pages, batch.page_table, batch.kv_lens, scale=0.1)
+
+
+def prefill_rows(q, kv, pages, batch):
+    """Attention of rows with many."""
+    return ragged_prefill(q, pages, batch, scale=0.1)
+
+
+def write_rows(q, kv, pages, batch):
+    """The write."""
+    return page_write(kv, pages, batch)
+
+
+# kernel, tokens of the step (None: one a row), query tokens a block holds
+STEPS = {
+    "decode": (decode_rows, None, 1),
+    "prefill": (prefill_rows, 512, 64),
+    "write 1": (write_rows, None, 1),
+    "write": (write_rows, 512, 64),
+}
+
+
+def compile_case(mesh, step, dim, page_size, dtype, kv_dtype, heads, kv_heads, rows, row_pages):
+    """Compile one kernel; seconds, bytes of temporaries and of the pool, or what the compiler says against it."""
+    function, tokens, q_block = STEPS[step]
+    tokens = tokens or rows
+    wide = stored_head_dim(dim, "pallas")
+    shapes = [((tokens, heads, wide), dtype), ((tokens, kv_heads, 2 * wide), dtype)]
+    shapes += [((PAGES, kv_heads, page_size, 2 * wide), kv_dtype)]
+    shapes += [((rows + 1,), jnp.int32), ((rows,), jnp.int32), ((rows, row_pages), jnp.int32)]
+    place = NamedSharding(mesh, PartitionSpec())
     args = [jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind in shapes]
+
+    def run(q, kv, pages, cu_q_lens, kv_lens, page_table):
+        return function(q, kv, pages, AttentionBatch(cu_q_lens, kv_lens, page_table, q_block))
+
     begun = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    seconds = round(time.perf_counter() - begun, 1)
-    return {"seconds": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    donated = (2,) if step.startswith("write") else ()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(run, donate_argnums=donated).lower(*args).compile()
+    except Exception as error:  # the compiler's refusals have no common type
+        return {"error": " ".join(str(error).split())[:300]}
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    pool = PAGES * kv_heads * page_size * 2 * wide * jnp.dtype(kv_dtype).itemsize
+    return {"seconds": round(time.perf_counter() - begun, 1), "temp_bytes": temp, "pool_bytes": pool}
 
 
-def compile_decode(kernel, heads, kv_heads, dim, page, dtype, place):
-    """One decode of 32 rows over a pool of 1,001 pages."""
-    shapes = [
-        ((32, heads, dim), dtype),
-        ((1001, kv_heads, page, 2 * dim), dtype),
-        ((32, 64), jnp.int32),
-        ((32,), jnp.int32),
-    ]
-    pool = 1001 * kv_heads * page * 2 * dim * jnp.dtype(dtype).itemsize
-    return compiled_figures(partial(kernel, scale=dim**-0.5), shapes, place) | {"pool_bytes": pool}
+def configurations(everything):
+    """Kernel, head size, page size, dtypes of queries and pool, and heads, of what is compiled."""
+    dims, sizes, heads = (64, 128, 256), (16, 32, 64, 128, 256), ((32, 8),)  # 80 and 96 are stored as 128
+    kinds = [(q, kv) for q in ("bfloat16", "float32") for kv in (q, "int8", "float8_e4m3fn")]
+    if not everything:  # every head size, every page size, every dtype and every kernel at least once
+        few = [(64, 16, "bfloat16", "bfloat16", (9, 3)), (80, 32, "float32", "int8", (32, 8))]
+        few += [(96, 16, "bfloat16", "float8_e4m3fn", (8, 8)), (128, 16, "bfloat16", "bfloat16", (32, 8))]
+        few += [(128, 64, "bfloat16", "int8", (4, 1)), (128, 128, "float32", "float32", (32, 8))]
+        few += [(256, 256, "bfloat16", "bfloat16", (32, 8)), (64, 16, "float32", "bfloat16", (9, 3))]
+        beyond = [(128, 16, "float16", "float16", (32, 8), TABLE), (64, 2, "bfloat16", "bfloat16", (9, 3), TABLE)]
+        beyond += [(256, 256, "float32", "float32", (32, 8), TABLE)]
+        beyond += [(128, 16, "bfloat16", "bfloat16", (32, 8), (64, 8192))]  # what some compiler refuses
+        cases = [(*case, TABLE) for case in few] + beyond
+        return [(step, *case[:4], *case[4], *case[5]) for case in cases for step in STEPS]
+    rest = product(dims, sizes, kinds, heads, STEPS)
+    same = ("float32", "int8"), ("float32", "float8_e4m3fn")  # to the write, which knows the pool's dtype alone
+    rest = (case for case in rest if not (case[2] in same and case[4].startswith("write")))
+    return [(step, dim, size, *kind, *n, *TABLE) for dim, size, kind, n, step in rest]
 
 
-def compile_prefill(q_block, heads, kv_heads, dim, page, dtype, place):
-    """One extend step of 512 tokens and at most 32 rows over a pool of 16,001 pages."""
-    shapes = [
-        ((512, heads, dim), dtype),
-        ((16001, kv_heads, page, 2 * dim), dtype),
-        ((33,), jnp.int32),
-        ((32,), jnp.int32),
-        ((32, 64), jnp.int32),
-    ]
-
-    def step(q, kv_pages, cu_q_lens, kv_lens, page_table):
-        batch = AttentionBatch(cu_q_lens, kv_lens, page_table, q_block)
-        return ragged_prefill(q, kv_pages, batch, scale=dim**-0.5)
-
-    pool = 16001 * kv_heads * page * 2 * dim * jnp.dtype(dtype).itemsize
-    return compiled_figures(step, shapes, place) | {"q_block": q_block, "pool_bytes": pool}
-
-
-def main(generations):
-    """Every kernel, shape and dtype for each generation."""
-    for name in generations:
+def main():
+    """Every case for each generation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("generations", nargs="*", default=["v5e:2x2"])
+    parser.add_argument("--all", action="store_true")
+    given = parser.parse_args()
+    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    for name in given.generations:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
         mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-        place = NamedSharding(mesh, PartitionSpec())
-        jobs = [(k.__name__, partial(compile_decode, k)) for k in (page_per_step_decode, paged_decode)]
-        jobs += [("ragged_prefill", partial(compile_prefill, q_block)) for q_block in (64, 128)]
-        for heads, kv_heads, dim in SHAPES:
-            for dtype in ("bfloat16", "float32"):
-                for kernel, job in jobs:
-                    with jax.set_mesh(mesh):
-                        result = job(heads, kv_heads, dim, 16, dtype, place)
-                    case = {"tpu": name, "kernel": kernel, "dim": dim, "dtype": dtype, "jax": jax.__version__}
-                    print(json.dumps(case | result), flush=True)
+        for case in configurations(given.all):
+            keys = ("kernel", "head_dim", "page_size", "dtype", "kv_dtype", "q_heads", "kv_heads", "rows", "row_pages")
+            about = {"tpu": name, "full": given.all, **dict(zip(keys, case, strict=True)), **versions}
+            print(json.dumps(about | compile_case(mesh, *case)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["v5e:2x2"])
+    main()

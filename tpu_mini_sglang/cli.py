@@ -9,7 +9,7 @@ __all__ = ['Pieces', 'ENGINE_FIELDS', 'MAX_NEW_TOKENS', 'SAMPLING', 'CONTROL', '
            'ChatSession', 'Screen', 'Console', 'command', 'exchange', 'converse', 'open_session', 'chat', 'chat_flags',
            'plan', 'plan_flags', 'make_parser', 'forgive_bytes', 'main']
 
-# %% ../nbs/41_cli.ipynb #2bfcd958
+# %% ../nbs/41_cli.ipynb #5671dc9e
 """The terminal program: serve, generate, chat, plan. `--help` imports the table of flags and nothing else of ours."""
 
 import argparse
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 Pieces = Generator[str, None, None]  # an answer as it grows; closing it aborts the request
 
-# %% ../nbs/41_cli.ipynb #2d0e0b30
+# %% ../nbs/41_cli.ipynb #0b6cfc0c
 # What an engine without HTTP, for one request at a time, can be told: the rest of ServerArgs would mean nothing here.
 ENGINE_FIELDS = (
-    "model_path download_dir chat_template dtype context_length tp_size attention_backend page_size "
+    "model_path download_dir chat_template dtype context_length tp_size attention_backend kv_cache_dtype page_size "
     "mem_fraction_static max_total_tokens chunked_prefill_size compilation_cache_dir"
 ).split()
 
@@ -437,7 +437,7 @@ def chat_flags(
     add_engine_flags(parser)
     parser.set_defaults(run=chat)
 
-# %% ../nbs/41_cli.ipynb #d49a6af5
+# %% ../nbs/41_cli.ipynb #955ebbfa
 def plan(
     ns: argparse.Namespace,  # parsed
 ) -> int:  # exit code: 0 where the model fits
@@ -460,7 +460,8 @@ def plan_flags(
     parser.add_argument("--context-length", type=int, metavar="INT", help=context)
     requests = "requests that may fill their context at once (default: 16)"
     parser.add_argument("--max-running-requests", type=int, default=16, metavar="INT", help=requests)
-    add_flag(parser, known["dtype"], str)
+    for name in ("dtype", "kv_cache_dtype"):
+        add_flag(parser, known[name], str)
     limit = "longest time for the compiler, seconds (default: 1800)"
     parser.add_argument("--timeout", type=float, default=1800, metavar="FLOAT", help=limit)
     parser.add_argument("--json", action="store_true", help="everything as JSON on standard output")

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from .attention import from_pages
 
-# %% ../../nbs/10b_pallas.ipynb #0812eb15
+# %% ../../nbs/10b_pallas.ipynb #05c75032
 State = tuple[jax.Array, jax.Array, jax.Array]  # running max [K, G, 1], sum [K, G, 1], output [K, G, 2*D]; float32
 
 
@@ -36,6 +36,7 @@ def attend_tile(
     """One running-softmax step of one row, for all heads, on tiles that lie in VMEM."""
     heads, length, _ = kv.shape
     slot = first + lax.broadcasted_iota(jnp.int32, (heads, length, 1), 1)
+    kv = kv.astype(q.dtype)  # a pool in eight bits widens here, in VMEM
     kv = jnp.where((slot >= begin) & (slot < end), kv, jnp.zeros_like(kv))
     scores = lax.dot_general(q, kv, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
     if softcap is not None:

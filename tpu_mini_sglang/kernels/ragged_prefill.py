@@ -45,7 +45,7 @@ def query_blocks(
     end = jnp.where(block < ends[-1], jnp.minimum(position + size, batch.kv_lens[row]), 0)
     return Blocks(row, batch.cu_q_lens[row] + within, position, end)
 
-# %% ../../nbs/10c_ragged.ipynb #7349c0e6
+# %% ../../nbs/10c_ragged.ipynb #fb112b10
 State = tuple[jax.Array, jax.Array, jax.Array]  # running max [N, 1], sum [N, 1], output [N, W]; float32
 
 
@@ -65,6 +65,7 @@ def attend_block(
     (length, _), width = kv.shape, q.shape[1]
     slot = first + lax.broadcasted_iota(jnp.int32, (length, 1), 0)
     live = slot < end if window is None else (slot < end) & (slot > position - window)
+    kv = kv.astype(q.dtype)  # a pool in eight bits widens here, in VMEM
     kv = jnp.where(live, kv, jnp.zeros_like(kv))
     contract = (((1,), (1,)), ((), ()))
     scores = lax.dot_general(q, kv[:, :width], contract, preferred_element_type=jnp.float32)
@@ -104,7 +105,7 @@ def each_page(
     first = jnp.maximum(tile * pages, keys[0] // size)
     lax.fori_loop(first, jnp.minimum((tile + 1) * pages, pl.cdiv(keys[1], size)), one, None)
 
-# %% ../../nbs/10c_ragged.ipynb #b414a57a
+# %% ../../nbs/10c_ragged.ipynb #3d241107
 def ragged_kernel(
     row_ref: Any,  # [N] of Blocks, in SMEM like the next four
     token_ref: Any,  # [N] of Blocks
@@ -115,7 +116,7 @@ def ragged_kernel(
     kv_hbm: Any,  # [P, K, S, 2*D] the whole pool
     out_hbm: Any,  # [T + q_block, Q, W] float32 results
     rows: Any,  # [q_block, Q, W] scratch: queries as they come, later results as they go
-    q: Any,  # [K, G * q_block, W] scratch: the queries, head after head, in the pool's dtype
+    q: Any,  # [K, G * q_block, W] scratch: the queries, head after head, in their dtype
     buffer: Any,  # [2, K, L, 2*D] scratch: the tile in use and the tile on its way
     state: Any,  # scratch: maximum and sum [K, G * q_block, 1], output [K, G * q_block, W]; float32
     moved: Any,  # scratch: the DMA semaphore of `rows`
@@ -167,7 +168,7 @@ def ragged_kernel(
         write.start()
         write.wait()
 
-# %% ../../nbs/10c_ragged.ipynb #7e903985
+# %% ../../nbs/10c_ragged.ipynb #ad64138d
 TILE_TOKENS = 128  # KV tokens fetched at once
 LANES = 128  # the width of a TPU register: at a multiple of it K and V are cut apart for nothing
 
@@ -176,6 +177,7 @@ def scratch_shapes(
     q_block: int,  # queries a block holds for each head
     q_heads: int,  # Q, query heads
     kv_pages: jax.Array | jax.ShapeDtypeStruct,  # [P, K, S, 2*D] the pool
+    dtype: jnp.dtype,  # of the queries
 ) -> list[Any]:
     """The kernel's scratch memory, in the order of its arguments."""
     _, heads, size, width = kv_pages.shape
@@ -183,14 +185,14 @@ def scratch_shapes(
     folded = (heads, q_heads // heads * q_block)
     return [
         pltpu.VMEM((q_block, q_heads, wide), jnp.float32),
-        pltpu.VMEM((*folded, wide), kv_pages.dtype),
+        pltpu.VMEM((*folded, wide), dtype),
         pltpu.VMEM((2, heads, max(1, TILE_TOKENS // size) * size, width), kv_pages.dtype),
         [pltpu.VMEM((*folded, n), jnp.float32) for n in (1, 1, wide)],
         pltpu.SemaphoreType.DMA,
         pltpu.SemaphoreType.DMA((2,)),
     ]
 
-# %% ../../nbs/10c_ragged.ipynb #147efc04
+# %% ../../nbs/10c_ragged.ipynb #68ee870c
 def ragged_prefill(
     q: jax.Array,  # [T, Q, D] queries on the flat token axis
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool, this step's tokens already written
@@ -204,7 +206,7 @@ def ragged_prefill(
     """Attention of every row with two or more new tokens over its pages, [T, Q, D]; zeros for other tokens."""
     kv_pages = from_pages(kv_pages, q.dtype)
     (tokens, q_heads, dim), blocks = q.shape, query_blocks(batch, q.shape[0])
-    scratch = scratch_shapes(batch.q_block, q_heads, kv_pages)
+    scratch = scratch_shapes(batch.q_block, q_heads, kv_pages, q.dtype)
     zeros = scratch[0].shape[2] - dim
     padded = jnp.pad((q * scale).astype(q.dtype).astype(jnp.float32), ((0, batch.q_block), (0, 0), (0, zeros)))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKEN_ID_BYTES', 'pages_for', 'PageStack', 'PoolError', 'check_frees', 'PageAllocator', 'KVCache', 'init_kv_cache',
-           'pages_in_budget']
+           'token_bytes', 'pages_in_budget']
 
-# %% ../../nbs/20_kv_cache.ipynb #59fc30a2
+# %% ../../nbs/20_kv_cache.ipynb #ef0d4f68
 """The pool of KV pages: who owns which page (host) and what the pages hold (device)."""
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ..kernels.attention import pool_dtype
+from ..kernels.attention import Pages, ScaledPages, pool_dtype
+from ..kernels.kv_write import stored_head_dim
 from ..model_config import ModelConfig
-from ..sharding import sharding
+from ..sharding import place, sharding
 
 # %% ../../nbs/20_kv_cache.ipynb #b0d0a09f
 def pages_for(
@@ -131,34 +132,51 @@ class PageAllocator:
         self._in_use[ids] = False
         self._free.push(ids)
 
-# %% ../../nbs/20_kv_cache.ipynb #831ad0cb
+# %% ../../nbs/20_kv_cache.ipynb #02aba706
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
     """What the pages hold, on the device: a pytree that the step takes, donates and returns."""
 
-    layers: list[jax.Array]  # per layer [P, K, S, 2 * D]: keys in [..., :D], values in [..., D:]
+    layers: list[Pages]  # per layer [P, K, S, 2 * D]: keys in [..., :D], values in [..., D:]
     token_pages: jax.Array  # [P, S] int32, the token id in each slot
 
-# %% ../../nbs/20_kv_cache.ipynb #a0b0e9e3
+# %% ../../nbs/20_kv_cache.ipynb #963c2539
 def init_kv_cache(
     config: ModelConfig,  # gives layers, kv heads and head size
     num_pages: int,  # allocatable pages of each part of the "data" axis; a null page is added to each
     page_size: int,  # tokens a page holds
     dtype: DTypeLike,  # of keys and values
     mesh: Mesh,  # kv heads are split over its "tensor" axis, pages over "data"
+    backend: str = "xla",  # of attention; "pallas" may need wider heads than the model's
+    scales: np.ndarray | None = None,  # [L, 2, K] float32: what a stored key and value is multiplied by
 ) -> KVCache:
     """A cache of zeros, each shard made on its own device, so that no device ever holds the whole."""
-    pages = mesh.shape["data"] * (num_pages + 1)
-    shape = (pages, config.num_kv_heads, page_size, 2 * config.head_dim)
-    place = sharding(mesh, "pages", "kv_heads", "page_slot", "head_dim")
-    stored = pool_dtype(dtype)  # raw bits for 16-bit floats on a CPU, see chapter 10
-    layers = [jnp.zeros(shape, stored, device=place) for _ in range(config.num_layers)]
-    ids = jnp.zeros((pages, page_size), jnp.int32, device=sharding(mesh, "pages", "page_slot"))
+    total = mesh.shape["data"] * (num_pages + 1)
+    shape = (total, config.num_kv_heads, page_size, 2 * stored_head_dim(config.head_dim, backend))
+    lies = sharding(mesh, "pages", "kv_heads", "page_slot", "head_dim")
+    stored = pool_dtype(dtype)  # raw bits for short floats on a CPU, see chapter 10
+    pages = [jnp.zeros(shape, stored, device=lies) for _ in range(config.num_layers)]
+    layers: list[Pages] = [*pages]
+    if scales is not None:
+        pairs = zip(pages, scales, strict=True)
+        layers = [ScaledPages(x, place(scale, mesh, None, "kv_heads")) for x, scale in pairs]
+    ids = jnp.zeros((total, page_size), jnp.int32, device=sharding(mesh, "pages", "page_slot"))
     return KVCache(layers, ids)
 
-# %% ../../nbs/20_kv_cache.ipynb #3546c134
+# %% ../../nbs/20_kv_cache.ipynb #d7baf32c
 TOKEN_ID_BYTES = 4  # one int32 token id per slot, beside the keys and values
+
+
+def token_bytes(
+    config: ModelConfig,  # the model whose keys and values are kept
+    dtype_bytes: int = 2,  # bytes of one cached number
+    tp: int = 1,  # devices that share the kv heads
+    backend: str = "xla",  # of attention; "pallas" may need wider heads than the model's
+) -> int:
+    """Bytes that a token takes on each device: keys and values as they are stored, and its id."""
+    numbers = config.kv_bytes_per_token(1) // config.head_dim * stored_head_dim(config.head_dim, backend)
+    return numbers * dtype_bytes // tp + TOKEN_ID_BYTES
 
 
 def pages_in_budget(
@@ -167,9 +185,10 @@ def pages_in_budget(
     page_size: int,  # tokens a page holds
     dtype_bytes: int = 2,  # bytes of one cached number
     tp: int = 1,  # devices that share the kv heads
+    backend: str = "xla",  # of attention, as in token_bytes
 ) -> int:
     """Allocatable pages that fit the budget, the null page paid for; PoolError when there is not even one."""
-    per_token = config.kv_bytes_per_token(dtype_bytes) // tp + TOKEN_ID_BYTES
+    per_token = token_bytes(config, dtype_bytes, tp, backend)
     pages = budget_bytes // (per_token * page_size) - 1
     if pages < 1:
         raise PoolError(f"{budget_bytes:,} bytes hold no page of {page_size} tokens at {per_token:,} bytes a token")

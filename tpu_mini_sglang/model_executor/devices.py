@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GOOGLE', 'TPU_CHIPS', 'ALLOWED', 'tpu_chips', 'find_devices', 'choose_tp', 'can_split', 'probe', 'plain_attention',
-           'filled_pages', 'attention_here', 'kernel_difference', 'check_kernels']
+           'cached_pages', 'attention_here', 'kernel_difference', 'check_kernels']
 
-# %% ../../nbs/22c_devices.ipynb #4178233a
+# %% ../../nbs/22c_devices.ipynb #0506083f
 """The devices of this machine: finding them, choosing how many to use, and checking the kernels on them."""
 
 import os
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..kernels.attention import AttentionBatch, paged_attention, pool_dtype
-from ..kernels.ragged_prefill import attention_kernels
+from ..kernels.attention import AttentionBatch, pool_dtype
+from ..kernels.kv_write import stored_head_dim
+from ..layers.attention import write_and_attend
 from ..model_config import ConfigError, ModelConfig
 from ..sharding import check_tp
 
@@ -98,7 +99,7 @@ def probe(
     starts: Any = np.cumsum([0, *new]).astype(np.int32)
     return AttentionBatch(starts, lens, pages, q_block=16)
 
-# %% ../../nbs/22c_devices.ipynb #8b9e9d2a
+# %% ../../nbs/22c_devices.ipynb #f0d397f4
 def plain_attention(
     q: np.ndarray,  # [N, Q, D] float32, the last N queries of one sequence
     k: np.ndarray,  # [L, K, D] float32, all its keys
@@ -114,40 +115,47 @@ def plain_attention(
     return np.einsum("hnl,lhd->nhd", weights / weights.sum(axis=2, keepdims=True), v)
 
 
-def filled_pages(
+def cached_pages(
     k: np.ndarray,  # [B, L, K, D]
     v: np.ndarray,  # [B, L, K, D]
     batch: AttentionBatch,  # of the probe
     page_size: int,  # tokens
+    kind: np.dtype,  # of the pool
+    width: int,  # D as the pool stores it
 ) -> np.ndarray:  # [P, K, S, 2*D] as the pool stores it
-    """A pool in which every row's tokens lie in its pages, and NaN everywhere else."""
-    pages = np.full((batch.page_table.size + 1, k.shape[2], page_size, 2 * k.shape[3]), np.nan, k.dtype)
-    for b, length in enumerate(batch.kv_lens):
-        for i in range(length):
-            pages[batch.page_table[b, i // page_size], :, i % page_size] = np.concatenate([k[b, i], v[b, i]], axis=-1)
-    return pages.view(pool_dtype(k.dtype))
+    """A pool in which every row's cached tokens lie in its pages, and what no result may show everywhere else."""
+    poison = np.nan if jnp.issubdtype(kind, jnp.floating) else 127
+    pages = np.full((batch.page_table.size + 1, k.shape[2], page_size, 2 * width), poison, kind)
+    for b, cached in enumerate(batch.kv_lens - batch.q_lens):
+        for i in range(cached):
+            place = pages[batch.page_table[b, i // page_size], :, i % page_size]
+            place[...] = 0
+            place[:, : k.shape[3]], place[:, width : width + k.shape[3]] = k[b, i], v[b, i]
+    return pages.view(pool_dtype(kind))
 
-# %% ../../nbs/22c_devices.ipynb #b8282490
+# %% ../../nbs/22c_devices.ipynb #e8bd57ac
 ALLOWED = 0.05  # largest absolute difference of outputs whose values are of size 1
 
 
 def attention_here(
     q: np.ndarray,  # [T, Q, D] queries of the batch's new tokens
-    pages: np.ndarray,  # [P, K, S, 2*D] from filled_pages
+    k: np.ndarray,  # [T, K, D] their keys
+    v: np.ndarray,  # [T, K, D] their values
+    pages: np.ndarray,  # [P, K, S, 2*D] from cached_pages
     batch: AttentionBatch,  # numpy leaves
     mesh: Mesh,
     backend: str,  # "xla" or "pallas"
     window: int | None,  # keys further back than this are not seen
 ) -> np.ndarray:  # [T, Q, D] float32
-    """The engine's attention on the mesh's devices."""
-    scale, kernels = q.shape[2] ** -0.5, attention_kernels(backend)
+    """The engine's write into pages and its attention, on the mesh's devices."""
+    rule: dict[str, Any] = {"scale": q.shape[2] ** -0.5, "window": window}
 
-    def attend(q: jax.Array, pages: jax.Array, batch: AttentionBatch) -> jax.Array:
-        return paged_attention(q, pages, batch, scale=scale, window=window, **kernels)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, batch: AttentionBatch) -> jax.Array:
+        return write_and_attend(q, k, v, pages, batch, backend, **rule)[0]
 
     with jax.set_mesh(mesh):
         step = jax.jit(attend, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        return np.asarray(step(q, pages, batch), np.float32)
+        return np.asarray(step(q, k, v, pages, batch), np.float32)
 
 
 def kernel_difference(
@@ -155,37 +163,39 @@ def kernel_difference(
     page_size: int,  # tokens
     mesh: Mesh,
     backend: str,  # "xla" or "pallas"
+    kv_dtype: str,  # of the pool
     window: int | None = None,  # keys further back than this are not seen
 ) -> float:
     """The largest absolute difference between this backend's attention on these devices and the oracle."""
-    batch, rng, dtype = probe(page_size), np.random.default_rng(0), jnp.dtype(config.dtype)
-    shape = (4, int(batch.kv_lens.max()), config.num_kv_heads, config.head_dim)
-    k, v = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
-    q = rng.standard_normal((int(batch.cu_q_lens[-1]), config.num_heads, config.head_dim)).astype(dtype)
-    found = attention_here(q, filled_pages(k, v, batch, page_size), batch, mesh, backend, window)
-    differences = []
-    for b, (start, stop) in enumerate(zip(batch.cu_q_lens[:-1], batch.cu_q_lens[1:], strict=True)):
-        if stop > start:
-            keys, values = (np.asarray(x[b, : batch.kv_lens[b]], np.float32) for x in (k, v))
-            want = plain_attention(np.asarray(q[start:stop], np.float32), keys, values, window)
-            differences.append(np.abs(found[start:stop] - want).max())
-    return float(np.max(differences))  # NaN if any is
+    batch, rng, dtype, dim = probe(page_size), np.random.default_rng(0), jnp.dtype(config.dtype), config.head_dim
+    shape = (4, int(batch.kv_lens.max()), config.num_kv_heads, dim)
+    k, v = (rng.integers(-2, 3, shape).astype(np.float32) for _ in range(2))
+    q = rng.standard_normal((int(batch.cu_q_lens[-1]), config.num_heads, dim)).astype(dtype)
+    pages = cached_pages(k, v, batch, page_size, jnp.dtype(kv_dtype), stored_head_dim(dim, backend))
+    rows = [(b, int(n), int(batch.q_lens[b])) for b, n in enumerate(batch.kv_lens)]
+    new_k, new_v = (np.concatenate([x[b, n - fresh : n] for b, n, fresh in rows]).astype(dtype) for x in (k, v))
+    found = attention_here(q, new_k, new_v, pages, batch, mesh, backend, window)
+    queries = np.asarray(q, np.float32)
+    want = [plain_attention(queries[end - fresh : end], k[b, :n], v[b, :n], window)
+            for (b, n, fresh), end in zip(rows, batch.cu_q_lens[1:], strict=True) if fresh]  # fmt: skip
+    return float(np.abs(found - np.concatenate(want)).max())  # NaN if any is
 
-# %% ../../nbs/22c_devices.ipynb #da932588
+# %% ../../nbs/22c_devices.ipynb #5fd3ec89
 def check_kernels(
     config: ModelConfig,
     page_size: int,  # tokens
     mesh: Mesh,
     backend: str,  # "xla" or "pallas"
+    kv_dtype: str,  # of the pool
 ) -> str:
     """A sentence on how far attention on these devices is from the oracle. Raises ConfigError if it is wrong."""
     window = next((w for w in map(config.layer_window, range(config.num_layers)) if w is not None), None)
     windows = {None, None if window is None else min(window, page_size + 3)}
-    worst = max(kernel_difference(config, page_size, mesh, backend, w) for w in windows)
+    worst = max(kernel_difference(config, page_size, mesh, backend, kv_dtype, w) for w in windows)
     name = mesh.devices.flat[0].device_kind
     if not worst < ALLOWED:  # also for NaN
         raise ConfigError(
             f"attention by {backend} is wrong on this {name}: it differs from plain attention by {worst:.2g}, allowed "
             f"is {ALLOWED}. Please report it; --attention-backend {'xla' if backend == 'pallas' else 'pallas'} may work"
         )
-    return f"attention by {backend} on {name}: within {worst:.1g} of plain attention"
+    return f"attention by {backend} on {name}: within {worst:.1g} of the oracle"

@@ -189,23 +189,25 @@ def forward_step(
     history = token_pages[att.page_table].reshape(att.page_table.shape[0], -1)
     return KVCache(layers, token_pages), sample(logits, batch.sampling, history)
 
-# %% ../../nbs/22_model_runner.ipynb #bd92d9fa
+# %% ../../nbs/22_model_runner.ipynb #2ddcd3f5
 def on_each_shard(
     step: Callable[..., tuple[KVCache, SampleOutput]],  # of weights, KV and batch, for one group of devices
     mesh: Mesh,
+    kv: KVCache,  # placed on the mesh: what lies split over "data" is each shard's own
 ) -> Callable[..., tuple[KVCache, SampleOutput]]:
     """The step for all shards of the "data" axis at once, each on its own pages and rows; itself for a single one."""
     if mesh.shape["data"] == 1:
         return step
     whole, own = PartitionSpec(), PartitionSpec("data")
-    specs: dict[str, Any] = {"in_specs": (whole, own, own), "out_specs": own}
+    kv_specs = jax.tree.map(lambda x: own if "data" in x.sharding.spec else whole, kv)
+    specs: dict[str, Any] = {"in_specs": (whole, kv_specs, own), "out_specs": (kv_specs, own)}
     return jax.shard_map(step, mesh=mesh, **specs, axis_names={"data"}, check_vma=False)
 
 # %% ../../nbs/22_model_runner.ipynb #e324707a
 class StepError(RuntimeError):
     """A step failed on the device; its KV pool was lost and has been made anew, empty."""
 
-# %% ../../nbs/22_model_runner.ipynb #8b0da2b0
+# %% ../../nbs/22_model_runner.ipynb #55e92b1c
 COMPILE_THREADS = 4  # more would only hold more half-made programs in memory
 
 
@@ -221,13 +223,16 @@ class ModelRunner:
         page_size: int,  # tokens
         buckets: Buckets,
         backend: str = "xla",  # of attention: "xla" or "pallas"
+        kv_dtype: str | None = None,  # of cached keys and values; None: the model's
+        kv_scales: np.ndarray | None = None,  # [L, 2, K] as in init_kv_cache
     ):
         self.config, self.num_pages, self.page_size, self.buckets = config, num_pages, page_size, buckets
         self.table_width = min(-(-config.context_len // page_size), num_pages)
         self.programs: dict[Bucket, jax.stages.Compiled] = {}
         self.mesh = mesh
         self.announce: Callable[[ForwardBatch, Bucket], object] = lambda batch, bucket: None  # called before each step
-        self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, config.dtype, mesh)
+        kv = (kv_dtype or config.dtype, mesh, backend, kv_scales)
+        self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, *kv)
         self.kv = self._new_kv()
         graph, self.weights = nnx.split(model)
 
@@ -236,7 +241,7 @@ class ModelRunner:
 
         places = jax.tree.map(lambda x: x.sharding, self.kv)  # a step leaves the pages where it found them
         everywhere = NamedSharding(mesh, PartitionSpec())  # so that any process can read what was sampled
-        self._step = jax.jit(on_each_shard(step, mesh), donate_argnums=1, out_shardings=(places, everywhere))
+        self._step = jax.jit(on_each_shard(step, mesh, self.kv), donate_argnums=1, out_shardings=(places, everywhere))
 
     @property
     def num_shards(self) -> int:

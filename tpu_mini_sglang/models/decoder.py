@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ModuleList', 'DecoderLayer', 'run_layer', 'DecoderLM', 'abstract_model']
 
-# %% ../../nbs/12_models.ipynb #ee51108d
+# %% ../../nbs/12_models.ipynb #bc349db7
 """One decoder-only transformer; Llama, Mistral, Qwen2 and Qwen3 are flags of its config."""
 
 from functools import partial
@@ -13,12 +13,12 @@ from functools import partial
 import jax
 from flax import nnx
 
-from ..kernels.attention import AttentionBatch
+from ..kernels.attention import AttentionBatch, Pages
 from ..layers.attention import Attention
 from ..layers.basic import Embedding, GatedMLP, Linear, RMSNorm, matmul
 from ..model_config import ModelConfig
 
-# %% ../../nbs/12_models.ipynb #a70ca388
+# %% ../../nbs/12_models.ipynb #57b9472a
 class DecoderLayer(nnx.Module):
     """Attention, then the MLP, each behind a norm and added to what came in."""
 
@@ -39,29 +39,29 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # [T, H] hidden states
-        kv_pages: jax.Array,  # [P, K, S, 2*D] this layer's pages
+        kv_pages: Pages,  # [P, K, S, 2*D] this layer's pages
         batch: AttentionBatch,  # whose tokens these are
         backend: str = "xla",  # "xla" or "pallas"
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Pages]:
         """The hidden states after this layer, and its pages."""
         attended, kv_pages = self.self_attn(self.input_layernorm(x), kv_pages, batch, backend)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv_pages
 
-# %% ../../nbs/12_models.ipynb #baa72330
+# %% ../../nbs/12_models.ipynb #5d59c9c5
 @partial(jax.jit, static_argnames=("graph", "backend"))
 def run_layer(
     graph: nnx.GraphDef,  # what the layer is: equal for layers that differ in weights alone
     weights: nnx.State,  # its arrays
     x: jax.Array,  # [T, H] hidden states
-    kv_pages: jax.Array,  # [P, K, S, 2*D] this layer's pages
+    kv_pages: Pages,  # [P, K, S, 2*D] this layer's pages
     batch: AttentionBatch,  # whose tokens these are
     backend: str,  # "xla" or "pallas"
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages]:
     """One layer as a traced function that equal layers share."""
     return nnx.merge(graph, weights)(x, kv_pages, batch, backend)
 
-# %% ../../nbs/12_models.ipynb #d26d24ac
+# %% ../../nbs/12_models.ipynb #4374a323
 # flax 0.12 wants submodules in an nnx.List; flax 0.11 has only the plain list
 ModuleList = getattr(nnx, "List", list)
 
@@ -87,10 +87,10 @@ class DecoderLM(nnx.Module):
     def __call__(
         self,
         token_ids: jax.Array,  # [T] int32
-        kv: list[jax.Array],  # per layer [P, K, S, 2*D] pages
+        kv: list[Pages],  # per layer [P, K, S, 2*D] pages
         batch: AttentionBatch,  # whose tokens these are
         backend: str = "xla",  # "xla" or "pallas"
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, list[Pages]]:
         """The final hidden states [T, H], normalised, and the pages with this step's K and V written."""
         x, new_kv = self.embed_tokens(token_ids), []
         for layer, kv_pages in zip(self.layers, kv, strict=True):

@@ -6,12 +6,11 @@
 __all__ = ['FLAT', 'SOLID', 'HALVES', 'DOCS', 'GIB', 'GENERATIONS', 'COLLECTIVE', 'ARRAY', 'CHILD_ENV', 'MISSING', 'Generation',
            'Slice', 'parse_slice', 'shapes_on', 'abstract_weights', 'abstract_cache', 'find_collectives',
            'device_bytes', 'measures', 'compile_step', 'Job', 'with_depth', 'compile_job', 'PlanError', 'run_child',
-           'receive', 'complaint', 'Program', 'tally', 'whole_program', 'Load', 'Memory', 'token_bytes', 'need',
-           'shrink', 'slice_of', 'nearest_settings', 'divides', 'Limits', 'step_limits', 'Plan', 'make_plan',
-           'versions', 'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines', 'read_model', 'prepare',
-           'note', 'run']
+           'receive', 'complaint', 'Program', 'tally', 'whole_program', 'Load', 'Memory', 'kv_bytes', 'need', 'shrink',
+           'slice_of', 'nearest_settings', 'divides', 'Limits', 'step_limits', 'Plan', 'make_plan', 'versions',
+           'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines', 'read_model', 'prepare', 'note', 'run']
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #f150b442
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #9b5e085b
 """What a TPU would need and could do at best, from the compiler's figures: no TPU, no weights."""
 
 import argparse
@@ -38,12 +37,15 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from ..mem_cache.pool import TOKEN_ID_BYTES, KVCache, pages_for
+from ..kernels.attention import ScaledPages
+from ..kernels.kv_write import stored_head_dim
+from ..mem_cache.pool import TOKEN_ID_BYTES, KVCache, pages_for, token_bytes
 from ..model_config import CheckpointError, ConfigError, ModelConfig, RopeScaling
 from ..model_executor.model_runner import Bucket, forward_step, make_forward_batch
 from ..models.decoder import abstract_model
 from ..models.hub import load_model_config, read_json, resolve_model
 from ..sampling.sampler import SamplingBatch
+from ..server_args import KV_DTYPES
 from ..sharding import check_tp, make_mesh, replicate_kv_heads, sharding
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #dda8b498
@@ -127,18 +129,23 @@ def abstract_weights(
     ]
     return graph, nnx.from_flat_state(placed)
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #2b9170d9
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #186d3e14
 def abstract_cache(
     config: ModelConfig,
     mesh: Mesh,
     num_pages: int,  # allocatable; the null page comes on top
     page_size: int,  # tokens
+    kv_dtype: str | None = None,  # of keys and values; None: the model's
+    backend: str = "pallas",  # of attention
 ) -> KVCache:
-    """Chapter 20's pool as shapes."""
-    shape = (num_pages + 1, config.num_kv_heads, page_size, 2 * config.head_dim)
-    page = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+    """Chapter 20's pool as shapes; integers come with their scales."""
+    shape = (num_pages + 1, config.num_kv_heads, page_size, 2 * stored_head_dim(config.head_dim, backend))
+    page = jax.ShapeDtypeStruct(shape, jnp.dtype(kv_dtype or config.dtype))
     ids = jax.ShapeDtypeStruct((num_pages + 1, page_size), jnp.int32)
     layers = shapes_on(mesh, [page] * config.num_layers, "pages", "kv_heads", "page_slot", "head_dim")
+    if kv_dtype == "int8":
+        scales = shapes_on(mesh, jax.ShapeDtypeStruct((2, config.num_kv_heads), jnp.float32), None, "kv_heads")
+        layers = [ScaledPages(pages, scales) for pages in layers]
     return KVCache(layers, shapes_on(mesh, ids, "pages", "page_slot"))
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #883b1305
@@ -186,7 +193,7 @@ def measures(
         "collectives": find_collectives(compiled.as_text()),
     }
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #ef025503
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #fc8391a9
 def compile_step(
     config: ModelConfig,
     topology: str,  # as the compiler names it, such as "v6e:2x4"
@@ -195,6 +202,7 @@ def compile_step(
     num_pages: int,
     page_size: int,  # tokens
     backend: str = "pallas",  # of attention
+    kv_dtype: str | None = None,  # of cached keys and values; None: the model's
 ) -> dict[str, Any]:
     """Compile the engine's own step for a TPU that is not here. Needs libtpu; raises ConfigError for a bad tp."""
     check_tp(config, tp)
@@ -202,7 +210,7 @@ def compile_step(
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(tp=tp, devices=list(devices))
     graph, weights = abstract_weights(config, mesh)
-    kv = abstract_cache(config, mesh, num_pages, page_size)
+    kv = abstract_cache(config, mesh, num_pages, page_size, kv_dtype, backend)
     width = min(pages_for(config.context_len, page_size), num_pages)
     batch = shapes_on(mesh, make_forward_batch([], SamplingBatch.greedy(bucket.rows), bucket, width))
 
@@ -216,7 +224,7 @@ def compile_step(
     sizes = {"weights": device_bytes(weights), "kv": device_bytes(kv)}
     return sizes | measures(compiled) | {"seconds": round(time.perf_counter() - begun, 1)}
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #a0a8e5e9
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #af3e4233
 @dataclass(frozen=True)
 class Job:
     """Programs to compile, all for one mesh."""
@@ -228,6 +236,7 @@ class Job:
     num_pages: int
     page_size: int  # tokens
     backend: str = "pallas"
+    kv_dtype: str | None = None  # of cached keys and values; None: the model's
 
     @property
     def depths(self) -> list[int]:
@@ -246,7 +255,7 @@ class Job:
         c["sliding_layers"], c["eos_token_ids"] = tuple(c["sliding_layers"]), tuple(c["eos_token_ids"])
         return cls(**job | {"config": ModelConfig(**c), "buckets": [Bucket(**b) for b in job["buckets"]]})
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #d09c590d
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #be03cb05
 def with_depth(
     config: ModelConfig,
     layers: int,  # at most the model's own
@@ -265,7 +274,7 @@ def compile_job(
             about = {"program": str(bucket), "layers": layers}
             emit(about)
             config = with_depth(job.config, layers)
-            place = (job.topology, job.tp, bucket, job.num_pages, job.page_size, job.backend)
+            place = (job.topology, job.tp, bucket, job.num_pages, job.page_size, job.backend, job.kv_dtype)
             emit(about | compile_step(config, *place))
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #9dbecf48
@@ -376,7 +385,7 @@ def whole_program(
     rest = {name: (n, size) for (name, size), n in (first - layer).items()}
     return Program(one["program"], sizes["arguments"], sizes["temporaries"], layers, rest)
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #4fdb387a
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #2734f2e6
 @dataclass(frozen=True)
 class Load:
     """What is asked of the slice."""
@@ -385,6 +394,7 @@ class Load:
     requests: int  # that run at once, each of which may fill the context
     chunk: int = 512  # prompt tokens of a prefill step
     page_size: int = 16  # tokens
+    kv_dtype: str | None = None  # of cached keys and values; None: the model's
 
     @property
     def num_pages(self) -> int:
@@ -396,7 +406,7 @@ class Load:
         """A decode step with all requests, and a prefill step."""
         return [Bucket(self.requests, self.requests, 1), Bucket(max(self.chunk, self.requests), self.requests, 64)]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #ee9d78bf
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #b3549c2c
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device."""
@@ -417,14 +427,16 @@ class Memory:
         return self.total - self.hbm
 
 
-def token_bytes(
+def kv_bytes(
     config: ModelConfig,
     tp: int,
+    load: Load,
 ) -> int:
-    """Bytes of cache that a token takes on each device: keys, values and its id."""
-    return replicate_kv_heads(config, tp).kv_bytes_per_token() // tp + TOKEN_ID_BYTES
+    """Bytes of cache that a token takes on each device, as the Pallas kernels need it stored."""
+    config = replicate_kv_heads(config, tp)
+    return token_bytes(config, jnp.dtype(load.kv_dtype or config.dtype).itemsize, tp, "pallas")
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #5fc6f79d
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #cbc76a23
 def need(
     config: ModelConfig,
     where: Slice,
@@ -437,7 +449,7 @@ def need(
     h, per_layer = config.hidden_size, 2 * config.hidden_size + config.qk_norm * 2 * config.head_dim
     norms = (config.num_layers * per_layer + h) * config.weight_bytes() // config.num_params()  # on every device
     weights = (config.weight_bytes() - norms) // tp + norms
-    kv = (load.num_pages + 1) * load.page_size * token_bytes(config, tp)
+    kv = (load.num_pages + 1) * load.page_size * kv_bytes(config, tp, load)
     return Memory(where.generation.hbm_bytes, weights, kv, temporaries)
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #4aa08bdb
@@ -459,7 +471,7 @@ def slice_of(
     size = next(n for n in (1, *gen.grids) if n >= devices)
     return parse_slice(f"{gen.name}-{size * gen.per_device}")
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #9d285980
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #da33a08b
 def nearest_settings(
     config: ModelConfig,
     where: Slice,
@@ -469,7 +481,7 @@ def nearest_settings(
 ) -> list[str]:
     """Changes, each of which alone makes it fit."""
 
-    def fits(place: Slice = where, split: int = tp, **changes: int) -> bool:
+    def fits(place: Slice = where, split: int = tp, **changes: Any) -> bool:
         return need(config, place, split, replace(load, **changes), temporaries).over <= 0
 
     found = []
@@ -485,6 +497,8 @@ def nearest_settings(
             break
     if context := shrink(load.context, lambda n: fits(context=n)):
         found.append(f"--context-length {context}")
+    if fits(kv_dtype="float8_e4m3fn"):
+        found.append("--kv-cache-dtype fp8_e4m3")
     if requests := shrink(load.requests, lambda n: fits(requests=n)):
         found.append(f"--max-running-requests {requests}")
     return found
@@ -501,7 +515,7 @@ def divides(
         return False
     return True
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #34c97495
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #3e15c2f7
 @dataclass(frozen=True)
 class Limits:
     """The shortest time of one step: predicted from published rates, not measured."""
@@ -522,13 +536,14 @@ def step_limits(
     tokens: int,  # computed in this step
     cached: int,  # tokens of KV that are read
     scored: int | None = None,  # tokens whose logits are computed; None: all
+    kv_token: int | None = None,  # bytes of a token's keys and values on all devices; None: in the model's dtype
 ) -> Limits:
     """Weights and cached KV read once, two operations a weight and token; attention's own arithmetic left out."""
     config = replicate_kv_heads(config, tp)
     table = config.vocab_size * config.hidden_size
     body = config.num_params() - table * (1 if config.tie_word_embeddings else 2)
     width = config.weight_bytes() // config.num_params()
-    read = (body + table) * width + cached * config.kv_bytes_per_token()  # of the embedding only a few rows
+    read = (body + table) * width + cached * (kv_token or config.kv_bytes_per_token())  # of the embedding a few rows
     work = 2 * (body * tokens + table * (tokens if scored is None else scored))
     return Limits(read / tp / gen.bandwidth, work / tp / gen.peak)
 
@@ -554,7 +569,7 @@ class Plan:
         """Whether each request may fill its context."""
         return self.memory.over <= 0
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #67318fa8
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #a04b0d34
 def make_plan(
     config: ModelConfig,
     where: Slice,
@@ -568,10 +583,13 @@ def make_plan(
     temporaries = max((p.temporaries for p in programs), default=0)
     memory = need(config, where, tp, load, temporaries)
     room = memory.hbm - memory.weights - temporaries
-    decode = step_limits(config, where.generation, tp, load.requests, load.requests * load.context // 2)
-    prefill = step_limits(config, where.generation, tp, load.chunk, load.context // 2, load.requests)
+    token = kv_bytes(config, tp, load)
+    kv = tp * (token - TOKEN_ID_BYTES)
+    rows = load.requests
+    decode = step_limits(config, where.generation, tp, rows, rows * load.context // 2, kv_token=kv)
+    prefill = step_limits(config, where.generation, tp, load.chunk, load.context // 2, rows, kv)
     nearest = nearest_settings(config, where, tp, load, temporaries) if memory.over > 0 else []
-    tokens = max(room // token_bytes(config, tp), 0)
+    tokens = max(room // token, 0)
     rate = load.requests / decode.seconds
     return Plan(where.name, tp, load, memory, tokens, programs, decode, prefill, rate, nearest, versions())
 
@@ -633,7 +651,7 @@ def verdict_lines(
     hints = [f"  would fit: {change}" for change in plan.nearest] or ["  no single change makes it fit"]
     return [f"Does not fit: {plan.memory.over / GIB:.2f} GiB too much on each device.", *hints]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #95f5ac4e
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #f4ae0c3c
 def read_model(
     model_path: str | None,  # a folder with a config.json, the .json itself, a .gguf file or a hub name
     dtype: str = "auto",
@@ -658,9 +676,9 @@ def prepare(
     check_tp(config, tp)
     if min(ns.max_running_requests, config.context_len, tp) < 1:
         raise ConfigError("--max-running-requests, --context-length and --tp must be at least 1")
-    return config, where, tp, Load(config.context_len, ns.max_running_requests)
+    return config, where, tp, Load(config.context_len, ns.max_running_requests, kv_dtype=KV_DTYPES[ns.kv_cache_dtype])
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #a7716a66
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #fba97d07
 def note(
     line: str,  # of progress, or an error
 ) -> None:
@@ -678,7 +696,8 @@ def run(
         if need(config, where, tp, load).over <= 0:  # what is too large already needs no compiler
             if importlib.util.find_spec("libtpu") is None:
                 raise PlanError(MISSING)
-            job = Job(config, where.topology, tp, load.buckets, load.num_pages, load.page_size)
+            place = (where.topology, tp, load.buckets, load.num_pages, load.page_size)
+            job = Job(config, *place, kv_dtype=load.kv_dtype)
             records = run_child(job, note, ns.timeout)
         plan = make_plan(config, where, tp, load, records)
     except (ConfigError, CheckpointError, PlanError) as error:
