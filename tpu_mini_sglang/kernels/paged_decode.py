@@ -60,7 +60,7 @@ def first_state(
     column = (*shape[:2], 1)
     return jnp.full(column, MASKED, jnp.float32), jnp.zeros(column, jnp.float32), jnp.zeros(shape, jnp.float32)
 
-# %% ../../nbs/10b_pallas.ipynb #2810b3cc
+# %% ../../nbs/10b_pallas.ipynb #c0ed156e
 def page_per_step_kernel(
     table_ref: Any,  # [B, M] page ids, in SMEM
     lens_ref: Any,  # [B] tokens of each row, in SMEM
@@ -152,7 +152,7 @@ def page_per_step_decode(
     )
     return narrow_output(call(page_table, kv_lens, wide, kv_pages), q)
 
-# %% ../../nbs/10b_pallas.ipynb #e61d288b
+# %% ../../nbs/10b_pallas.ipynb #df3f11b7
 def move_pages(
     do: str,  # "start" the copies of a tile's pages, or "wait" for them
     page_ids: Callable[[Any], Any],  # the id of the row's n-th page
@@ -173,7 +173,7 @@ def move_pages(
     for p in range(pages):
         pl.when((tile * pages + p) * size < length)(partial(move, p))
 
-
+# %% ../../nbs/10b_pallas.ipynb #e2d66aa3
 def clear_tail(
     place: Any,  # [K, L, 2*D] a tile in VMEM
     live: jax.Array,  # its slots that hold tokens, from the first on; may be more than L
@@ -230,7 +230,7 @@ def one_slot_kernel(
     _, total, out = lax.fori_loop(*tile_span(length, tile, window), body, first_state(q_ref.shape[1:]))
     out_ref[0] = (out / jnp.where(length > 0, total, 1.0)).astype(out_ref.dtype)
 
-# %% ../../nbs/10b_pallas.ipynb #7c793adf
+# %% ../../nbs/10b_pallas.ipynb #5a438aa5
 TILE_BYTES = 2 << 20  # of K and V that are fetched at once
 TILE_PAGES = 64  # at most: the copies of a tile are written out one by one
 
@@ -244,7 +244,7 @@ def tile_tokens(
     page_bytes = heads * size * lanes * kv_pages.dtype.itemsize
     return size * max(1, min(TILE_BYTES // page_bytes, TILE_PAGES, width))
 
-
+# %% ../../nbs/10b_pallas.ipynb #231b8061
 def stream_rows(
     kernel: Callable[..., None],  # its references: scalars, queries, pool, output, buffer, semaphores
     scalars: tuple[jax.Array, ...],  # the page table first; all come to lie in SMEM
