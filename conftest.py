@@ -21,6 +21,7 @@ SLOW_LIMIT_S = 1200
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run slow tests, and cells flagged `#| slow`")
+    parser.addoption("--exhaustive", action="store_true", help="also run every combination: an hour and more")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "NotebookFile | None":
@@ -30,11 +31,12 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "NotebookF
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow") and not isinstance(item, Notebook):
-            item.add_marker(pytest.mark.skip(reason="needs --slow"))
+    for flag in ("slow", "exhaustive"):
+        if config.getoption(f"--{flag}"):
+            continue
+        for item in items:
+            if item.get_closest_marker(flag) and not isinstance(item, Notebook):
+                item.add_marker(pytest.mark.skip(reason=f"needs --{flag}"))
 
 
 class NotebookFailed(Exception):

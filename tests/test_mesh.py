@@ -38,14 +38,14 @@ def test_tokens_do_not_depend_on_the_mesh(name, meshes):
     check_tokens(name, [{"tp": tp, "dp": dp} for tp, dp in meshes])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1100)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_family_on_every_mesh(name):
     check_tokens(name, [{"tp": tp, "dp": dp} for tp, dp in MESHES])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_the_engine_with_pallas_kernels():
     check_tokens("mistral_window", [{"tp": tp, "dp": dp, "backend": "pallas"} for tp, dp in [(2, 1), (2, 2)]])
@@ -96,14 +96,14 @@ def test_collectives_of_a_decode_step():
     check_collectives([(2, 1), (2, 2), (8, 1), (1, 2)], decode=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1100)
 @pytest.mark.parametrize("decode", [True, False])
 def test_collectives_on_every_mesh(decode):
     check_collectives(MESHES, decode)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("dp", [2, 3])
 def test_promises_hold_on_every_shard(dp):

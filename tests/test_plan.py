@@ -23,9 +23,10 @@ def plan(tmp_path, numbers, *flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=1900, check=False)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
-@pytest.mark.parametrize("numbers", [SMALL, {}], ids=["small", "8b"])
+@pytest.mark.parametrize(
+    "numbers", [pytest.param(SMALL, marks=pytest.mark.slow), pytest.param({}, marks=pytest.mark.exhaustive)]
+)
 def test_the_server_s_step_compiles_for_four_chips(tmp_path, numbers):
     done = plan(tmp_path, numbers, "--tpu", "v5e-4", "--context-length", "2048", "--json")
     assert done.returncode == 0, done.stderr[-2000:]

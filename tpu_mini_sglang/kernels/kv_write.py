@@ -4,7 +4,7 @@
 __all__ = ['TILE_BYTES', 'DEPTH', 'Writer', 'LANES', 'TILE_SLOTS', 'VECTOR_BYTES', 'SCALAR_BYTES', 'Units', 'touched_units',
            'write_kernel', 'page_write', 'kv_writer', 'stored_head_dim', 'pallas_refusal']
 
-# %% ../../nbs/10d_write.ipynb #ba3d431b
+# %% ../../nbs/10d_write.ipynb #acd26409
 """Writing keys and values into their pages as a Pallas TPU kernel, and what its backend can't compile."""
 
 from collections.abc import Callable
@@ -168,8 +168,8 @@ def stored_head_dim(
     """D of the pool: the model's, and for the Pallas kernels the next with which K and V together fill tiles."""
     return head_dim if backend == "xla" else -(-2 * head_dim // LANES) * LANES // 2
 
-# %% ../../nbs/10d_write.ipynb #0c93e884
-TILE_SLOTS = 128  # that the attention kernels fetch at once, where a page is not larger
+# %% ../../nbs/10d_write.ipynb #bcc4066d
+TILE_SLOTS = 128  # that the prefill kernel fetches at once, where a page is not larger; it needs most
 VECTOR_BYTES = 16 << 20  # that a kernel may take unasked, on the generations that allow least
 SCALAR_BYTES = (1 << 20) - (16 << 10)  # for page tables; the rest is for the kernels' other tables
 

@@ -48,7 +48,7 @@ from ..sampling.sampler import SamplingBatch
 from ..server_args import KV_DTYPES
 from ..sharding import check_tp, make_mesh, replicate_kv_heads, sharding
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #dda8b498
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #cac026c5
 @dataclass(frozen=True)
 class Generation:
     """One TPU generation, a device at a time: what `jax.devices()` lists, which is half a chip on TPU7x."""
@@ -71,7 +71,7 @@ GENERATIONS = {
     "v4": Generation("v4", 32 * GIB, 1.2e12, 275e12, 2, SOLID, DOCS + "v4"),
     "v5e": Generation("v5e", 16 * GIB, 0.8e12, 197e12, 1, FLAT, DOCS + "v5e"),
     "v5p": Generation("v5p", 95 * GIB, 2.765e12, 459e12, 2, SOLID, DOCS + "v5p"),
-    "v6e": Generation("v6e", 32 * GIB, 1.638e12, 918e12, 1, FLAT, DOCS + "v6e"),
+    "v6e": Generation("v6e", 32 * GIB, 1.6e12, 918e12, 1, FLAT, DOCS + "v6e"),
     "tpu7x": Generation("tpu7x", 96 * GIB, 3.69e12, 1153.5e12, 1, HALVES, DOCS + "tpu7x"),
 }
 
