@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['GRACE_SECONDS', 'die_with_parent', 'Addresses', 'make_addresses', 'serve_core', 'say', 'real_front', 'real_scheduler',
            'real_detokenizer', 'real_follower', 'Builders', 'child_main', 'Child', 'start_child', 'StartError',
-           'wait_ready', 'may_share', 'bind', 'greeting', 'drain', 'Front', 'child_ended', 'receive_loop',
-           'http_config', 'make_server', 'make_manager', 'serve', 'launch', 'main']
+           'wait_ready', 'may_share', 'bind', 'require_key', 'greeting', 'drain', 'Front', 'child_ended',
+           'receive_loop', 'http_config', 'make_server', 'make_manager', 'serve', 'launch', 'main']
 
-# %% ../nbs/40b_launch.ipynb #f0fdbcf5
+# %% ../nbs/40b_launch.ipynb #3af2ecea
 """Starts the engine's processes, ends them together, and leaves none behind."""
 
 import argparse
 import asyncio
 import contextlib
 import ctypes
+import ipaddress
 import logging
 import multiprocessing as mp
 import os
@@ -245,6 +246,18 @@ def bind(
     may_share(listener, False)  # not with a second server: Linux would let it in until one of the two listens
     return listener
 
+# %% ../nbs/40b_launch.ipynb #26432de4
+def require_key(
+    args: ServerArgs,  # host and key
+) -> None:
+    """StartError where other machines could reach the server and no key would stop them."""
+    try:
+        found = {str(info[4][0]).split("%")[0] for info in socket.getaddrinfo(args.host, None)}
+    except OSError:
+        return  # `bind` says what is wrong with it
+    if args.api_key is None and not all(ipaddress.ip_address(address).is_loopback for address in found):
+        raise StartError(f"--host {args.host} can be reached from other machines: give --api-key, or use 127.0.0.1")
+
 # %% ../nbs/40b_launch.ipynb #3f5c5659
 def greeting(
     args: ServerArgs,  # host and key
@@ -404,7 +417,7 @@ async def serve(
     await this.server.serve([listener])
     return this.exit_code
 
-# %% ../nbs/40b_launch.ipynb #82361f98
+# %% ../nbs/40b_launch.ipynb #9400e0e8
 def launch(
     args: ServerArgs,  # checked
     builders: Builders = Builders(),  # what makes the parts
@@ -412,6 +425,7 @@ def launch(
     """Start the processes, serve, end the processes."""
     if args.node_rank:
         return builders.follower(args)
+    require_key(args)
     listener = bind(args.host, args.port)
     folder, children = tempfile.mkdtemp(prefix="tpu-mini-sglang-"), list[Child]()
     try:
