@@ -138,7 +138,7 @@ def choose_buckets(
     lone_row = 2 if platform == "cpu" and config.dtype == "bfloat16" else 1
     return Buckets(args.chunked_prefill_size, args.max_running_requests, lone_row)
 
-# %% ../../nbs/30b_startup.ipynb #4153e189
+# %% ../../nbs/30b_startup.ipynb #d0ef02ba
 MARGIN = 1.25  # how far beyond the calibration's largest number the scale reaches
 
 
@@ -239,7 +239,7 @@ def build_runner(
     buckets = choose_buckets(args, config, device.platform)
     return ModelRunner(model, config, mesh, num_pages, args.page_size, buckets, backend, kv_dtype, scales)
 
-# %% ../../nbs/30b_startup.ipynb #1d808449
+# %% ../../nbs/30b_startup.ipynb #26404672
 def limits_of(
     args: ServerArgs,
     runner: ModelRunner,
@@ -253,6 +253,7 @@ def limits_of(
         max_running=args.max_running_requests,
         policy=args.schedule_policy,
         cache_enabled=not args.disable_radix_cache,
+        overlap=not args.disable_overlap_schedule,
     )
 
 # %% ../../nbs/30b_startup.ipynb #6c72d2f8
