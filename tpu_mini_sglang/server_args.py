@@ -176,7 +176,7 @@ class ServerArgs(Flags):
         super().validate()
         check_together(self)
 
-# %% ../nbs/02_server_args.ipynb #748fabd2
+# %% ../nbs/02_server_args.ipynb #dd7a2421
 def check_together(
     args: ServerArgs,  # values already good one by one
 ) -> None:
@@ -192,7 +192,5 @@ def check_together(
         raise ConfigError(f"--node-rank {args.node_rank} must be below --nnodes {args.nnodes}")
     if (args.nnodes > 1) != (args.dist_init_addr is not None):
         raise ConfigError("--nnodes above 1 and --dist-init-addr host:port need each other")
-    if args.nnodes > 1 and args.dp_size > 1:
-        raise ConfigError(f"--dp-size {args.dp_size} must be 1 where --nnodes is above 1")
     if args.chat_template is not None and not Path(args.chat_template).is_file():
         raise ConfigError(f"--chat-template {args.chat_template} is not a file")
