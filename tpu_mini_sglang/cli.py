@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 Pieces = Generator[str, None, None]  # an answer as it grows; closing it aborts the request
 
-# %% ../nbs/41_cli.ipynb #7813c00e
+# %% ../nbs/41_cli.ipynb #e9325484
 # What an engine without HTTP, for one request at a time, can be told: the rest of ServerArgs would mean nothing here.
 ENGINE_FIELDS = (
-    "model_path download_dir chat_template dtype context_length tp_size attention_backend kv_cache_dtype page_size "
-    "mem_fraction_static max_total_tokens chunked_prefill_size compilation_cache_dir"
+    "model_path download_dir chat_template dtype quantization context_length tp_size attention_backend kv_cache_dtype "
+    "page_size mem_fraction_static max_total_tokens chunked_prefill_size compilation_cache_dir"
 ).split()
 
 
@@ -475,7 +475,7 @@ def plan_flags(
     parser.add_argument("--json", action="store_true", help="everything as JSON on standard output")
     parser.set_defaults(run=plan)
 
-# %% ../nbs/41_cli.ipynb #84f861ac
+# %% ../nbs/41_cli.ipynb #cb8c7133
 BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
     "serving": lambda argv: import_module("tpu_mini_sglang.benchmark").main(argv),
     "offline": lambda argv: import_module("tpu_mini_sglang.bench_offline").main("offline", argv),

@@ -106,7 +106,7 @@ class Flags:
         """The parsed flags, checked."""
         return cls(**{f.name: getattr(ns, f.name) for f in fields(cls)})
 
-# %% ../nbs/02_server_args.ipynb #b5e2ce98
+# %% ../nbs/02_server_args.ipynb #150a51da
 # What --kv-cache-dtype means, in SGLang's spelling; None: the model's own dtype
 KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
@@ -124,6 +124,7 @@ class ServerArgs(Flags):
         "weights, activations, KV; auto: the checkpoint's, float32 on a CPU without 16-bit arithmetic",
         choices=("auto", *DTYPE_BYTES),
     )
+    quantization: str | None = flag(None, "int8: linear maps in eight bits, a scale each output", choices=("int8",))
     context_length: int | None = flag(None, "shorter context than the model's own, tokens", bounds=(1, 2**24))
 
     host: str = flag("127.0.0.1", "address to listen on")

@@ -222,7 +222,7 @@ def agree(
         )
     return smallest(num_pages)
 
-# %% ../../nbs/30b_startup.ipynb #8ecd645a
+# %% ../../nbs/30b_startup.ipynb #719c3a8a
 def build_runner(
     args: ServerArgs,
     path: Path,  # a checkpoint directory or a .gguf file
@@ -231,10 +231,11 @@ def build_runner(
     """Weights on their devices, pages beside them, nothing compiled yet."""
     devices, device = find_devices(), jax.local_devices()[0]
     dtype = choose_dtype(args.dtype, device.platform, has_sixteen_bit())
-    config = load_model_config(path, dtype, args.context_length)
+    config = replace(load_model_config(path, dtype, args.context_length), quantization=args.quantization)
     args = replace(args, tp_size=choose_tp(args.tp_size, config, devices, args.dp_size))
     mesh = make_mesh(args.tp_size or 1, args.dp_size)
-    size = f"{config.num_params() / 1e6:.0f}M weights in {config.dtype}"
+    kinds = config.dtype + (f", linear maps in {config.quantization}" if config.quantization else "")
+    size = f"{config.num_params() / 1e6:.0f}M weights in {kinds}"
     config = fit_to_devices(config, mesh.shape["tensor"])
     backend, kv_dtype = choose_backend(args.attention_backend, device.platform), choose_kv_dtype(args, config)
     num_pages = agree(args, config, choose_num_pages(args, config, device, backend), mesh.size)
