@@ -15,7 +15,7 @@ LLAMA = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
-SMALL = {"vocab_size": 4095, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+SMALL = {"vocab_size": 4095, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
 LARGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -58,8 +58,8 @@ def test_two_plans_at_once(tmp_path):
     small = [start(tmp_path, SMALL, "--tpu", "v5e-4", "--context-length", "2048", "--json")]
     small += [start(tmp_path, SMALL, "--tpu", "v5e-8", "--dp-size", "2", "--context-length", "2048", "--json")]
     one, two = map(end, small)
-    check_fits(one, 4, tp=4, dp=1)
-    check_fits(two, 4, tp=4, dp=2)
+    check_fits(one, 2, tp=4, dp=1)
+    check_fits(two, 2, tp=4, dp=2)
 
 
 @needs_libtpu
