@@ -76,7 +76,7 @@ def check_collectives(meshes: list[tuple[int, int]], decode: bool) -> None:
         results = [f"s32[{ROWS * dp}]", f"f32[{ROWS * dp}]", f"u8[{ROWS * dp}]"]  # of a SampleOutput
         results += [f"s32[{ROWS * dp},20]", f"f32[{ROWS * dp},20]"]
         outputs = Counter(("all-gather", shape) for shape in results)
-        for kind, shape, size, members in case["found"]:
+        for kind, shape, size, members, _ in case["found"]:
             assert size < case["logits"] / 8, f"{kind} {shape} on {tp} x {dp} devices: are these logits?"
             between_groups = (kind, shape) in outputs and members in (dp, tp * dp)
             assert members == tp or between_groups, f"{kind} {shape} among {members} of {tp} x {dp} devices"

@@ -97,7 +97,7 @@ def tensor_map(
     specs = tuple(along(axis) for axis in in_axes)
     return jax.shard_map(fn, in_specs=specs, out_specs=along(out_axes), check_vma=False)
 
-# %% ../nbs/01_sharding.ipynb #e5d6a9df
+# %% ../nbs/01_sharding.ipynb #c046dba4
 def check_tp(
     config: ModelConfig,  # the model
     tp: int,  # devices that split each layer
@@ -111,7 +111,7 @@ def check_tp(
     if kv_heads % tp and tp % kv_heads:
         raise ConfigError(f"tp_size = {tp} neither divides nor is a multiple of the model's num_kv_heads = {kv_heads}")
 
-
+# %% ../nbs/01_sharding.ipynb #35df416d
 def can_split(
     config: ModelConfig,  # the model
     tp: int,  # devices that split each layer

@@ -76,10 +76,7 @@ def choose_kv_dtype(
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype} does not go with --dtype {config.dtype}; use auto")
     return wanted
 
-# %% ../../nbs/30b_startup.ipynb #c149de04
-CPU_CACHE_BYTES = 1 << 30  # a CPU's memory is everybody's: take no more of it unasked
-
-
+# %% ../../nbs/30b_startup.ipynb #dc6720c0
 def kv_budget(
     args: ServerArgs,
     config: ModelConfig,
@@ -87,6 +84,9 @@ def kv_budget(
 ) -> int:
     """Bytes of it for pages: the server's share, less the weights. 0 or less where these are too large."""
     return int(memory * args.mem_fraction_static) - config.weight_bytes(args.tp_size or 1)
+
+# %% ../../nbs/30b_startup.ipynb #f23303b6
+CPU_CACHE_BYTES = 1 << 30  # a CPU's memory is everybody's: take no more of it unasked
 
 
 def choose_num_pages(
