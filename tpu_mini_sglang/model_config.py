@@ -38,7 +38,7 @@ class RopeScaling:
     high_freq_factor: float = 1.0  # llama3: wavelengths below original_max_position / this are left alone
     original_max_position: int = 0  # llama3: context length before scaling, tokens
 
-# %% ../nbs/00_config.ipynb #6c18e3bd
+# %% ../nbs/00_config.ipynb #c759030c
 @dataclass(frozen=True)
 class ModelShape:
     """One decoder-only model in numbers."""
@@ -66,10 +66,16 @@ class ModelShape:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     kv_copies: int = 1  # times each of the checkpoint's KV heads is counted in num_kv_heads (chapter 01)
+    vocab_padding: int = 0  # empty rows after the vocabulary, so that devices hold equal parts of it (chapter 01)
 
-# %% ../nbs/00_config.ipynb #bd4b1bf2
+# %% ../nbs/00_config.ipynb #05fe1c42
 class ModelCost(ModelShape):
     """What a model of this shape weighs."""
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and of the head: the vocabulary and its padding."""
+        return self.vocab_size + self.vocab_padding
 
     def num_params(self) -> int:
         """Number of weights, a tied embedding counted once."""
@@ -79,11 +85,16 @@ class ModelCost(ModelShape):
         mlp = 3 * h * f + self.mlp_bias * (2 * f + h)
         norms = 2 * h + self.qk_norm * 2 * d
         tables = 1 if self.tie_word_embeddings else 2
-        return tables * self.vocab_size * h + self.num_layers * (attention + mlp + norms) + h
+        return tables * self.vocab_rows * h + self.num_layers * (attention + mlp + norms) + h
 
-    def weight_bytes(self) -> int:
-        """Bytes of all weights in the config's dtype."""
-        return self.num_params() * DTYPE_BYTES[self.dtype]
+    def weight_bytes(
+        self,
+        tp: int = 1,  # devices that split each layer
+    ) -> int:
+        """Bytes of the weights on each device, in the config's dtype; norms and output biases lie whole on all."""
+        each = 2 + self.o_bias + self.mlp_bias  # vectors of a layer, as wide as the model
+        whole = self.num_layers * (each * self.hidden_size + self.qk_norm * 2 * self.head_dim) + self.hidden_size
+        return ((self.num_params() - whole) // tp + whole) * DTYPE_BYTES[self.dtype]
 
     def kv_bytes_per_token(
         self,
@@ -93,7 +104,7 @@ class ModelCost(ModelShape):
         dtype_bytes = dtype_bytes or DTYPE_BYTES[self.dtype]
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
 
-# %% ../nbs/00_config.ipynb #e60728e3
+# %% ../nbs/00_config.ipynb #50990dfd
 SIZES = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim context_len".split()
 
 
@@ -108,6 +119,8 @@ def check_config(
         raise ConfigError(f"num_heads = {config.num_heads} is not a multiple of num_kv_heads = {config.num_kv_heads}")
     if config.kv_copies < 1 or config.num_kv_heads % config.kv_copies:
         raise ConfigError(f"kv_copies = {config.kv_copies} does not divide num_kv_heads = {config.num_kv_heads}")
+    if config.vocab_padding < 0:
+        raise ConfigError(f"vocab_padding = {config.vocab_padding} must be at least 0")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim = {config.head_dim} must be even: RoPE turns pairs of coordinates")
     if config.dtype not in DTYPE_BYTES:

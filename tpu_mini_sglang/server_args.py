@@ -106,7 +106,7 @@ class Flags:
         """The parsed flags, checked."""
         return cls(**{f.name: getattr(ns, f.name) for f in fields(cls)})
 
-# %% ../nbs/02_server_args.ipynb #c97f2109
+# %% ../nbs/02_server_args.ipynb #b5e2ce98
 # What --kv-cache-dtype means, in SGLang's spelling; None: the model's own dtype
 KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
@@ -131,6 +131,7 @@ class ServerArgs(Flags):
     api_key: str | None = flag(None, "clients must send this key as a bearer token", secret=True)
     max_body_bytes: int = flag(4 << 20, "largest HTTP request body, bytes", bounds=(1024, 1 << 30))
     max_queued_requests: int = flag(1024, "waiting requests; the next one gets HTTP status 503", bounds=(1, 1 << 20))
+    shutdown_timeout: float = flag(3.0, "seconds for running requests once SIGTERM came", bounds=(0.0, 3600.0))
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
     tp_size: int | None = flag(
@@ -175,7 +176,7 @@ class ServerArgs(Flags):
         super().validate()
         check_together(self)
 
-# %% ../nbs/02_server_args.ipynb #748fabd2
+# %% ../nbs/02_server_args.ipynb #dd7a2421
 def check_together(
     args: ServerArgs,  # values already good one by one
 ) -> None:
@@ -191,7 +192,5 @@ def check_together(
         raise ConfigError(f"--node-rank {args.node_rank} must be below --nnodes {args.nnodes}")
     if (args.nnodes > 1) != (args.dist_init_addr is not None):
         raise ConfigError("--nnodes above 1 and --dist-init-addr host:port need each other")
-    if args.nnodes > 1 and args.dp_size > 1:
-        raise ConfigError(f"--dp-size {args.dp_size} must be 1 where --nnodes is above 1")
     if args.chat_template is not None and not Path(args.chat_template).is_file():
         raise ConfigError(f"--chat-template {args.chat_template} is not a file")

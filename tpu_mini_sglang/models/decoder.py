@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ModuleList', 'DecoderLayer', 'run_layer', 'DecoderLM', 'abstract_model']
 
-# %% ../../nbs/12_models.ipynb #bc349db7
+# %% ../../nbs/12_models.ipynb #8548bc0e
 """One decoder-only transformer; Llama, Mistral, Qwen2 and Qwen3 are flags of its config."""
 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..kernels.attention import AttentionBatch, Pages
@@ -61,7 +62,7 @@ def run_layer(
     """One layer as a traced function that equal layers share."""
     return nnx.merge(graph, weights)(x, kv_pages, batch, backend)
 
-# %% ../../nbs/12_models.ipynb #4374a323
+# %% ../../nbs/12_models.ipynb #6fb42580
 # flax 0.12 wants submodules in an nnx.List; flax 0.11 has only the plain list
 ModuleList = getattr(nnx, "List", list)
 
@@ -76,7 +77,7 @@ class DecoderLM(nnx.Module):
         rngs: nnx.Rngs,  # random keys
         dtype: jax.typing.DTypeLike,  # parameter dtype
     ) -> None:
-        vocab, hidden = config.vocab_size, config.hidden_size
+        vocab, hidden = config.vocab_rows, config.hidden_size
         self.embed_tokens = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
         self.layers = ModuleList([DecoderLayer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
@@ -102,10 +103,12 @@ class DecoderLM(nnx.Module):
         self,
         hidden: jax.Array,  # [N, H] the rows to score, usually the last token of each sequence
     ) -> jax.Array:
-        """The score of every token, [N, V] float32."""
-        if self.lm_head is None:
-            return self.embed_tokens.attend(hidden)
-        return matmul(hidden, self.lm_head.kernel[...])
+        """The score of every token, [N, V] float32; where the vocabulary is padded, -inf for the padding."""
+        head = self.lm_head
+        scores = self.embed_tokens.attend(hidden) if head is None else matmul(hidden, head.kernel[...])
+        if not self.config.vocab_padding:
+            return scores
+        return jnp.where(jnp.arange(self.config.vocab_rows) < self.config.vocab_size, scores, -jnp.inf)
 
 # %% ../../nbs/12_models.ipynb #c15a6649
 def abstract_model(

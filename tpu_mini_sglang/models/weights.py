@@ -44,7 +44,7 @@ def checkpoint_name(
     prefix = [] if module == ["lm_head"] else ["model"]
     return ".".join([*prefix, *module, leaf])
 
-# %% ../../nbs/13_weights.ipynb #1fc46663
+# %% ../../nbs/13_weights.ipynb #9dbf8380
 @dataclass(frozen=True)
 class Slot:
     """One parameter to fill: where it goes and what it is called in the checkpoint."""
@@ -55,6 +55,7 @@ class Slot:
     axes: tuple[str, ...]  # logical name of each axis
     copies: int = 1  # times each block of the last axis is repeated
     block: int = 1  # numbers in a block: the head size
+    padding: int = 0  # rows of the vocabulary that the checkpoint does not have
 
     @property
     def transposed(self) -> bool:
@@ -64,19 +65,19 @@ class Slot:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape that the checkpoint must have."""
-        shape = (*self.shape[:-1], self.shape[-1] // self.copies)
+        *others, last = (n - self.padding * (a == "vocab") for n, a in zip(self.shape, self.axes, strict=True))
+        shape = (*others, last // self.copies)
         return shape[::-1] if self.transposed else shape
 
-# %% ../../nbs/13_weights.ipynb #108dd787
+# %% ../../nbs/13_weights.ipynb #48813fcd
 def model_slots(
     model: DecoderLM,  # abstract or real
 ) -> list[Slot]:
     """Every parameter of the model, in the model's order."""
     flat, config = nnx.to_flat_state(nnx.state(model, nnx.Param)), model.config
-    copies = {"kv_heads": config.kv_copies}
+    copies, other = {"kv_heads": config.kv_copies}, (config.head_dim, config.vocab_padding)
     return [
-        Slot(path, checkpoint_name(path), tuple(p.shape), p.axes, copies.get(p.axes[-1], 1), config.head_dim)
-        for path, p in flat
+        Slot(path, checkpoint_name(path), tuple(p.shape), p.axes, copies.get(p.axes[-1], 1), *other) for path, p in flat
     ]
 
 # %% ../../nbs/13_weights.ipynb #9227200d
@@ -110,7 +111,7 @@ def repeat_blocks(
     blocks = x.reshape(*x.shape[:-1], -1, block)
     return np.repeat(blocks, copies, axis=-2).reshape(*x.shape[:-1], -1)
 
-# %% ../../nbs/13_weights.ipynb #a4ec1b2c
+# %% ../../nbs/13_weights.ipynb #dcf9b090
 def load_tensor(
     slot: Slot,  # the parameter to fill
     checkpoint: Checkpoint,  # where it is stored
@@ -123,7 +124,10 @@ def load_tensor(
 
     def part(index: Any) -> np.ndarray:
         # a copy on purpose: the CPU backend may keep the very buffer it is given, and this one may be a mapped file
-        return np.array(host[index], dtype=dtype, order="C")
+        held = np.zeros([len(range(*s.indices(n))) for s, n in zip(index, slot.shape, strict=True)], dtype)
+        stored = host[index]  # less than that where the vocabulary is padded
+        held[tuple(map(slice, stored.shape))] = stored
+        return held
 
     # without the wait, transfers to an accelerator would queue up and hold every tensor on the host at once
     return jax.block_until_ready(jax.make_array_from_callback(slot.shape, sharding(mesh, *slot.axes), part))
