@@ -803,8 +803,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'tpu_mini_sglang/managers/overlap.py'),
                                                   'tpu_mini_sglang.managers.overlap.Recorder.num_compiles': ( 'overlap.html#recorder.num_compiles',
                                                                                                               'tpu_mini_sglang/managers/overlap.py'),
-                                                  'tpu_mini_sglang.managers.overlap.Recorder.num_shards': ( 'overlap.html#recorder.num_shards',
-                                                                                                            'tpu_mini_sglang/managers/overlap.py'),
                                                   'tpu_mini_sglang.managers.overlap.Recorder.read': ( 'overlap.html#recorder.read',
                                                                                                       'tpu_mini_sglang/managers/overlap.py'),
                                                   'tpu_mini_sglang.managers.overlap.StepTimes': ( 'overlap.html#steptimes',

@@ -85,7 +85,7 @@ def tokens_left(req: Req) -> int:
     budget = req.spec.sampling.token_budget(req.context_len, req.num_prompt)
     return budget - req.num_output - req.num_unread
 
-# %% ../../nbs/29_requests.ipynb #122b2a9a
+# %% ../../nbs/29_requests.ipynb #75d72aaf
 def known_ids(
     req: Req,
     n: int,  # tokens it computes next
@@ -94,7 +94,7 @@ def known_ids(
     ids = req.token_ids[req.num_computed : req.num_computed + n]
     return ids + [UNREAD] * (n - len(ids))
 
-
+# %% ../../nbs/29_requests.ipynb #a62582a8
 @dataclass(frozen=True)
 class ScheduleBatch:
     """The requests of one step and how many tokens each computes."""

@@ -94,7 +94,7 @@ class Counters:
     cached_tokens: int = 0
     output_tokens: int = 0
 
-# %% ../../nbs/30_scheduler.ipynb #093b521c
+# %% ../../nbs/30_scheduler.ipynb #8aa35673
 @dataclass(frozen=True)
 class Flight:
     """A step between its dispatch and its reading."""
@@ -103,7 +103,7 @@ class Flight:
     sampled: list[tuple[Req, int]]  # whose token it samples, and the row where that will stand
     pending: Any  # the runner's own
 
-
+# %% ../../nbs/30_scheduler.ipynb #4a1edeae
 class SchedulerState:
     """Queue, running requests, memory and counters: all that a step reads and changes."""
 
