@@ -439,10 +439,10 @@ def chat_flags(
     add_engine_flags(parser)
     parser.set_defaults(run=chat)
 
-# %% ../nbs/41_cli.ipynb #6789ae0c
+# %% ../nbs/41_cli.ipynb #0ad08014
 # The server's settings that decide what fits and how fast it could be
 PLAN_FIELDS = (
-    "dtype context_length tp_size dp_size attention_backend kv_cache_dtype page_size mem_fraction_static "
+    "dtype quantization context_length tp_size dp_size attention_backend kv_cache_dtype page_size mem_fraction_static "
     "max_running_requests chunked_prefill_size"
 ).split()
 

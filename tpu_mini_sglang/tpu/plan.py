@@ -177,7 +177,7 @@ def abstract_cache(
         layers = [ScaledPages(pages, scales) for pages in layers]
     return KVCache(layers, shapes_on(mesh, ids, "pages", "page_slot"))
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #434f2cf6
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #48d6c427
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
 
@@ -515,7 +515,7 @@ def halves(
     """Half of it, a quarter, ... down to 1."""
     return [value >> i for i in range(1, value.bit_length())]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #1d8ec315
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #69c867ee
 def ways_out(
     config: ModelConfig,
     where: Slice,
@@ -701,7 +701,7 @@ def verdict_lines(
     start = "A server would not start." if plan.kv_tokens == 0 else "A server would start, and requests would wait."
     return [f"Does not fit: {plan.memory.over / GIB:.2f} GiB too much on each device. {start}", *hints]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #7198a394
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #a0398aac
 def read_model(
     model_path: str | None,  # a folder with a config.json, the .json itself, a .gguf file or a hub name
     dtype: str = "auto",
@@ -720,6 +720,7 @@ def prepare(
     where, args = parse_slice(ns.tpu), ServerArgs(**{name: getattr(ns, name) for name in PLAN_FIELDS})
     config = read_model(ns.model_path, args.dtype)
     config = config.with_overrides(context_len=args.context_length or min(config.context_len, 8192))
+    config = replace(config, quantization=args.quantization)
     tp = args.tp_size or largest_split(config, where.devices // args.dp_size)
     if tp * args.dp_size > where.devices:
         raise ConfigError(
@@ -732,7 +733,7 @@ def prepare(
         check_supported(args, fitted, min(room, pages_asked(args)) or pages_asked(args))
     return config, where, args
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #8c195f48
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #82ceb72e
 def note(
     line: str,  # of progress, or an error
 ) -> None:
