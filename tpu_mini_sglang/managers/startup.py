@@ -252,7 +252,7 @@ def build_runner(
     buckets = choose_buckets(args, config, device.platform)
     return ModelRunner(model, config, mesh, num_pages, args.page_size, buckets, backend, kv_dtype, scales)
 
-# %% ../../nbs/30b_startup.ipynb #1d808449
+# %% ../../nbs/30b_startup.ipynb #26404672
 def limits_of(
     args: ServerArgs,
     runner: ModelRunner,
@@ -266,6 +266,7 @@ def limits_of(
         max_running=args.max_running_requests,
         policy=args.schedule_policy,
         cache_enabled=not args.disable_radix_cache,
+        overlap=not args.disable_overlap_schedule,
     )
 
 # %% ../../nbs/30b_startup.ipynb #6c72d2f8
