@@ -1849,6 +1849,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'tpu_mini_sglang/tpu/plan.py'),
                                           'tpu_mini_sglang.tpu.plan.backend_of': ( 'tpu_without_a_tpu.html#backend_of',
                                                                                    'tpu_mini_sglang/tpu/plan.py'),
+                                          'tpu_mini_sglang.tpu.plan.check_compiler': ( 'tpu_without_a_tpu.html#check_compiler',
+                                                                                       'tpu_mini_sglang/tpu/plan.py'),
                                           'tpu_mini_sglang.tpu.plan.collective_lines': ( 'tpu_without_a_tpu.html#collective_lines',
                                                                                          'tpu_mini_sglang/tpu/plan.py'),
                                           'tpu_mini_sglang.tpu.plan.compile_job': ( 'tpu_without_a_tpu.html#compile_job',

@@ -6,11 +6,11 @@
 __all__ = ['FLAT', 'SOLID', 'HALVES', 'DOCS', 'MEGACORE', 'GIB', 'GENERATIONS', 'COLLECTIVE', 'ARRAY', 'LAYER', 'CHILD_ENV',
            'MISSING', 'Change', 'Generation', 'Slice', 'parse_slice', 'pages_asked', 'largest_steps', 'backend_of',
            'shapes_on', 'abstract_weights', 'abstract_cache', 'Collective', 'group_size', 'find_collectives',
-           'device_bytes', 'measures', 'abstract_batch', 'compile_step', 'Job', 'compile_job', 'PlanError', 'run_child',
-           'receive', 'complaint', 'Program', 'read_program', 'versions', 'Memory', 'kv_bytes', 'need', 'kv_tokens',
-           'slice_of', 'halves', 'ways_out', 'as_flags', 'nearest_settings', 'Limits', 'step_limits', 'Plan',
-           'make_plan', 'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines', 'read_model', 'prepare',
-           'note', 'run']
+           'device_bytes', 'measures', 'abstract_batch', 'compile_step', 'Job', 'compile_job', 'PlanError',
+           'check_compiler', 'run_child', 'receive', 'complaint', 'Program', 'read_program', 'versions', 'Memory',
+           'kv_bytes', 'need', 'kv_tokens', 'slice_of', 'halves', 'ways_out', 'as_flags', 'nearest_settings', 'Limits',
+           'step_limits', 'Plan', 'make_plan', 'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines',
+           'read_model', 'prepare', 'note', 'run']
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #28847302
 """What a TPU would need and could do at best, from the compiler's figures: no TPU, no weights."""
@@ -321,7 +321,7 @@ def compile_job(
         emit(about)
         emit(about | compile_step(job.config, parse_slice(job.where), job.args, bucket))
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #9dbecf48
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #4259fd21
 class PlanError(RuntimeError):
     """The compiler is missing, failed or took too long."""
 
@@ -334,6 +334,16 @@ CHILD_ENV = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # two plans at once
 }
 MISSING = 'plan needs the TPU compiler, libtpu: pip install "tpu-mini-sglang[tpu]"'
+
+
+def check_compiler(
+    jax_version: tuple[int, ...] = jax.__version_info__,
+) -> None:
+    """Raises PlanError where nothing can be compiled."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError(MISSING)
+    if jax_version < (0, 8):  # it asks a TPU how old its compiler is
+        raise PlanError(f"plan needs jax 0.8 or newer to compile without a TPU; this is {jax.__version__}")
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #b14f751a
 def run_child(
@@ -367,7 +377,7 @@ def run_child(
             raise PlanError(complaint(log.read(), timeout_s if expired else None, code))
     return done
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #1553104c
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #68fc3f3a
 def receive(
     line: str,  # that the child printed
     done: list[dict[str, Any]],  # gains the record of a finished program
@@ -396,7 +406,8 @@ def complaint(
     if "No module named 'libtpu'" in log:
         return MISSING
     lines = [line for line in log.splitlines() if line.strip()]
-    return "the compiler failed: " + (lines[-1] if lines else "it said nothing")
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]  # a program's listing may follow
+    return "the compiler failed: " + (errors or lines or ["it said nothing"])[-1]
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #a594035a
 @dataclass(frozen=True)
@@ -467,7 +478,7 @@ def kv_bytes(
     number = jnp.dtype(choose_kv_dtype(args, config)).itemsize
     return token_bytes(fit_to_devices(config, tp), number, tp, backend_of(args))
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #0ab0dec8
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #ca7dc9a0
 def need(
     config: ModelConfig,
     where: Slice,
@@ -476,6 +487,7 @@ def need(
 ) -> Memory:
     """Bytes on a device, by arithmetic but for the temporaries."""
     tp, hbm = args.tp_size or 1, where.generation.hbm_bytes
+    config = replace(config, quantization=args.quantization)
     weights = fit_to_devices(config, tp).weight_bytes(tp)
     kv = (pages_asked(args) + 1) * args.page_size * kv_bytes(config, args)
     return Memory(hbm, weights, kv, temporaries, hbm - int(hbm * args.mem_fraction_static))
@@ -515,7 +527,7 @@ def halves(
     """Half of it, a quarter, ... down to 1."""
     return [value >> i for i in range(1, value.bit_length())]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #69c867ee
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #7cbc6738
 def ways_out(
     config: ModelConfig,
     where: Slice,
@@ -538,11 +550,12 @@ def ways_out(
         ],
         *roomier,
         [(where, {"context_length": n}) for n in halves(args.context_length or 1)],
+        [(where, {"quantization": "int8"})],
         [(where, {"kv_cache_dtype": "fp8_e4m3"})],
         [(where, {"max_running_requests": n}) for n in halves(args.max_running_requests)],
     ]
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #8034e8eb
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #49445d88
 def as_flags(
     where: Slice,  # as asked
     change: Change,
@@ -560,6 +573,7 @@ def nearest_settings(
     temporaries: int = 0,  # bytes on a device
 ) -> list[str]:
     """Of each way out the smallest change that alone makes it fit."""
+
     found = []
     for way in ways_out(config, where, args):
         fitting = (c for c in way if need(config, c[0], replace(args, **c[1]), temporaries).over <= 0)
@@ -733,7 +747,7 @@ def prepare(
         check_supported(args, fitted, min(room, pages_asked(args)) or pages_asked(args))
     return config, where, args
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #82ceb72e
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #11f75eb8
 def note(
     line: str,  # of progress, or an error
 ) -> None:
@@ -754,8 +768,7 @@ def run(
             )
         records: list[dict[str, Any]] = []
         if need(config, where, args).over <= 0:  # what is too large already needs no compiler
-            if importlib.util.find_spec("libtpu") is None:
-                raise PlanError(MISSING)
+            check_compiler()
             records = run_child(Job(config, where.name, args, largest_steps(args, config)), note, ns.timeout)
         plan = make_plan(config, where, args, records)
     except (ConfigError, CheckpointError, PlanError) as error:
