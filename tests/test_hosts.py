@@ -120,6 +120,7 @@ def test_same_tokens_as_one_process(pair, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_group_of_devices_on_each_host(model, expected):
     """Two processes with the whole model each, split over their own devices, and each with pages of its own."""
     server, node = start_pair(model, tp=2, dp=2)

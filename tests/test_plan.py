@@ -53,6 +53,7 @@ def check_fits(done, layers, tp, dp):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four programs on a machine that may be busy
 def test_two_plans_at_once(tmp_path):
     """Tensor parallelism, and two groups of it; each in a process with a compiler of its own."""
     small = [start(tmp_path, SMALL, "--tpu", "v5e-4", "--context-length", "2048", "--json")]
@@ -64,6 +65,7 @@ def test_two_plans_at_once(tmp_path):
 
 @needs_libtpu
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1900)
 def test_llama_3_8b_compiles_for_four_chips(tmp_path):
     check_fits(end(start(tmp_path, {}, "--tpu", "v5e-4", "--context-length", "2048", "--json")), 32, tp=4, dp=1)
 
