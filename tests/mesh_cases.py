@@ -67,7 +67,7 @@ def requests(vocab: int, count: int) -> list[GenerateReq]:
 def serve(runner: ModelRunner, specs: list[GenerateReq]) -> dict[str, list[int]]:
     """The tokens of each request, served together through a scheduler; those of top logprobs after them."""
     config = runner.config
-    limits = Limits(config.context_len, config.vocab_size, config.eos_token_ids, CHUNK, ROWS)
+    limits = Limits(config.context_len, config.vocab_size, config.eos_token_ids, CHUNK, ROWS, overlap=True)
     scheduler, tokens, top = Scheduler(runner, limits), {s.rid: [] for s in specs}, {s.rid: [] for s in specs}
     incoming, used = list(specs), set()
     while incoming or scheduler.has_work:
