@@ -131,6 +131,24 @@ def test_aborted_neighbours_change_no_token(runner):
         assert got[spec.rid] == alone(runner, spec)
 
 
+def test_salts_share_no_prefix(runner):
+    """The same prompt under three salts, each asked twice: found only under its own, the tokens are the same."""
+    params = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
+    scheduler, prompt = new_scheduler(runner), list(range(1, 30))
+
+    def ask(rid: str, salt: str) -> tuple[list[int], int]:
+        out = scheduler.step([GenerateReq(rid, prompt, params, cache_salt=salt)])
+        while scheduler.has_work:
+            out += scheduler.step([])
+        return out[-1].token_ids, out[-1].cached_tokens
+
+    first, second = ([ask(f"{turn}{salt}", salt) for salt in ("", "ann", "bob")] for turn in "12")
+    assert [cached for _, cached in first] == [0, 0, 0]
+    assert [cached for _, cached in second] == [28, 28, 28]
+    assert len({tuple(tokens) for tokens, _ in first + second}) == 1
+    check_pages(scheduler.state)
+
+
 def test_nothing_compiles_after_warmup(runner):
     """Mixed traffic gives the compiler no work: counted by JAX itself, whoever might have asked for it."""
     compiled = []

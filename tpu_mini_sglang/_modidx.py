@@ -1077,6 +1077,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                       'tpu_mini_sglang/managers/tokenizer_manager.py'),
                                                             'tpu_mini_sglang.managers.tokenizer_manager.check_prompt': ( 'tokenizer_manager.html#check_prompt',
                                                                                                                          'tpu_mini_sglang/managers/tokenizer_manager.py'),
+                                                            'tpu_mini_sglang.managers.tokenizer_manager.check_salt': ( 'tokenizer_manager.html#check_salt',
+                                                                                                                       'tpu_mini_sglang/managers/tokenizer_manager.py'),
                                                             'tpu_mini_sglang.managers.tokenizer_manager.check_sampling': ( 'tokenizer_manager.html#check_sampling',
                                                                                                                            'tpu_mini_sglang/managers/tokenizer_manager.py'),
                                                             'tpu_mini_sglang.managers.tokenizer_manager.ended': ( 'tokenizer_manager.html#ended',

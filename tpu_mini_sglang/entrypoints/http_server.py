@@ -324,7 +324,7 @@ async def one_model(request: Request) -> Response:
         raise RequestError("no such model", 404, "model", "model_not_found")
     return json_response(card(request))
 
-# %% ../../nbs/40_server.ipynb #18b392cb
+# %% ../../nbs/40_server.ipynb #30cabb4a
 GENERATE: dict[str, type] = {
     "text": object,
     "input_ids": list,
@@ -333,6 +333,7 @@ GENERATE: dict[str, type] = {
     "return_logprob": bool,
     "top_logprobs_num": int,
     "stream": bool,
+    "cache_salt": str,
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # what SGLang's router adds to every body
     "model": (),

@@ -60,7 +60,7 @@ class ChatMessage(Strict):
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
-# %% ../../nbs/39_openai.ipynb #6ce6291e
+# %% ../../nbs/39_openai.ipynb #5c7f5b17
 class Sampling(Strict):
     """What both endpoints let a client say about sampling."""
 
@@ -90,6 +90,7 @@ class Sampling(Strict):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    cache_salt: str | None = None
 
 # %% ../../nbs/39_openai.ipynb #6abc7ec6
 class ChatRequest(Sampling):
@@ -343,7 +344,7 @@ def finish_word(
     """Why it ended, if it has."""
     return None if output.finish is None else output.finish.type
 
-# %% ../../nbs/39_openai.ipynb #2cec5aa9
+# %% ../../nbs/39_openai.ipynb #07c19bfd
 class Endpoint:
     """What chats and completions have in common: one call, answered whole or in chunks."""
 
@@ -361,7 +362,7 @@ class Endpoint:
         rid = f"{self.prefix}-{uuid.uuid4().hex}"
         self.head: dict[str, Any] = {"id": rid, "created": int(time.time()), "model": model}
         for item in items:
-            item.rid = rid
+            item.rid, item.cache_salt = rid, request.cache_salt or ""
 
     def choice(self, output: Output) -> dict[str, Any]:
         """A complete answer as an entry of `choices`."""

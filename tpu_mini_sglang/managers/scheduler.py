@@ -277,10 +277,10 @@ def start(state: SchedulerState, req: Req) -> None:
         state.counters.prompt_tokens += req.num_prompt
         state.counters.cached_tokens += req.cached_tokens
 
-# %% ../../nbs/30_scheduler.ipynb #aacb9f46
+# %% ../../nbs/30_scheduler.ipynb #24626675
 def cached_pages(state: SchedulerState, req: Req) -> list[int]:
     """Leading pages of the request that each shard has cached."""
-    return [memory.cache.peek(req.token_ids[:-1]) for memory in state.memories]
+    return [memory.cache.peek(req.token_ids[:-1], req.spec.cache_salt) for memory in state.memories]
 
 
 def place(state: SchedulerState, req: Req, budgets: list[StepBudget]) -> bool:
