@@ -56,8 +56,8 @@ class Server:
         return code
 
 
-def start_toy(port: int = 0, key: str = "") -> Server:
-    return Server([*TOY, str(port), key])
+def start_toy(port: int = 0, key: str = "", **fields: object) -> Server:
+    return Server([*TOY, str(port), key, *(f"{name}={json.dumps(value)}" for name, value in fields.items())])
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +335,25 @@ def test_api_key_and_port() -> None:
         assert (second.returncode, f"--port {port}" in second.stderr) == (1, True)
     finally:
         assert server.end(signal.SIGINT) == 0
+
+
+def test_a_stalled_step_turns_readiness_off_and_logs_its_stack() -> None:
+    server = start_toy(watchdog_timeout=3)
+    ready = lambda: httpx.get(server.url + "/health_generate", timeout=30)  # noqa: E731
+    try:
+        assert ready().status_code == 200
+        wait = in_background([lambda: httpx.post(server.url + "/generate", json={"text": "stall"}, timeout=30)])
+        assert eventually(lambda: any(line.startswith("Timeout (0:00:03)!") for line in server.lines))
+        time.sleep(0.5)
+        refused = ready()
+        assert refused.status_code == 503 and "nothing heard of the scheduler for 3 s" in refused.text
+        assert refused.elapsed.total_seconds() < 2, "known at once: it asks for no token"
+        assert httpx.get(server.url + "/health").status_code == 200, "alive all the while"
+        assert [status for status, _ in wait()] == [200]
+        assert eventually(lambda: ready().status_code == 200)
+        assert any("toy_server.py" in line and "in step" in line for line in server.lines), "where it hung"
+    finally:
+        assert server.end() == 0
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['die_with_parent', 'Addresses', 'make_addresses', 'serve_core', 'say', 'real_front', 'real_scheduler',
            'real_detokenizer', 'real_follower', 'Builders', 'child_main', 'Child', 'start_child', 'StartError',
-           'wait_ready', 'may_share', 'bind', 'require_key', 'greeting', 'drain', 'Front', 'child_ended',
-           'receive_loop', 'http_config', 'make_server', 'make_manager', 'serve', 'launch', 'main']
+           'wait_ready', 'may_share', 'bind', 'require_key', 'greeting', 'drain', 'Front', 'child_ended', 'Beating',
+           'put_off_stacks', 'receive_loop', 'http_config', 'make_server', 'make_manager', 'serve', 'launch', 'main']
 
-# %% ../nbs/40b_launch.ipynb #9969c5d2
+# %% ../nbs/40b_launch.ipynb #cc1cb75f
 """Starts the engine's processes, ends them together, and leaves none behind."""
 
 import argparse
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import ipaddress
 import logging
 import multiprocessing as mp
@@ -38,6 +39,8 @@ from .server_args import ServerArgs
 if TYPE_CHECKING:
     import uvicorn
 
+    from tpu_mini_sglang.managers.detokenizer_manager import Core
+    from tpu_mini_sglang.managers.io_struct import Message
     from tpu_mini_sglang.managers.tokenizer_manager import Limits, TokenizerManager
     from tpu_mini_sglang.tokenizer import Tokenizer
 
@@ -151,7 +154,7 @@ class Builders:
     detokenizer: Callable[[ServerArgs], Any] = real_detokenizer
     follower: Callable[[ServerArgs], int] = real_follower
 
-# %% ../nbs/40b_launch.ipynb #735fda57
+# %% ../nbs/40b_launch.ipynb #e667af9c
 def child_main(
     build: Callable[[ServerArgs], Any],  # makes the manager
     args: ServerArgs,  # model_path is a place on disk by now
@@ -164,7 +167,8 @@ def child_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(parent)
-    serve_core(lambda: build(args), inbox, outbox, ready)
+    name, put_off = mp.current_process().name, lambda: put_off_stacks(args.watchdog_timeout)
+    serve_core(lambda: Beating(build(args), name, put_off), inbox, outbox, ready)
 
 # %% ../nbs/40b_launch.ipynb #d8044a58
 @dataclass
@@ -322,6 +326,46 @@ def child_ended(
         message = f"the {child.role} process ended unexpectedly (exit code {child.process.exitcode})"
         front.manager.fail_all(message)
         front.end(message, 1, 0)
+
+# %% ../nbs/40b_launch.ipynb #8bb30ecd
+class Beating:
+    """A core that says each second, between its steps, that its process lives."""
+
+    def __init__(
+        self,
+        core: "Core",  # the manager
+        source: str,  # the process's name
+        on_beat: Callable[[], None],  # called with each
+        clock: Callable[[], float] = time.monotonic,  # seconds
+    ):
+        self.core, self.source, self.on_beat, self.clock = core, source, on_beat, clock
+        self.next_beat = clock()
+
+    @property
+    def has_work(self) -> bool:
+        """The core's, or a beat that is due."""
+        return self.core.has_work or self.clock() >= self.next_beat
+
+    def step(
+        self,
+        incoming: list["Message"],  # for the core
+    ) -> list["Message"]:
+        """The core's answers, and a beat where it is time."""
+        from tpu_mini_sglang.managers.io_struct import Heartbeat
+
+        beats: list[Message] = []
+        if self.clock() >= self.next_beat:
+            self.next_beat = self.clock() + 1
+            self.on_beat()
+            beats.append(Heartbeat(self.source))
+        return beats + (self.core.step(incoming) if incoming or self.core.has_work else [])
+
+# %% ../nbs/40b_launch.ipynb #945ada94
+def put_off_stacks(
+    seconds: float,  # from now
+) -> None:
+    """Write every thread's stack to the log unless called again by then."""
+    faulthandler.dump_traceback_later(seconds, file=2)  # the process's own stderr, whatever Python calls it
 
 # %% ../nbs/40b_launch.ipynb #9fdab17b
 async def receive_loop(

@@ -384,7 +384,7 @@ async def flush_cache(request: Request) -> Response:
     reply = await request.app.state.manager.control(FlushCacheReq(rid=""))
     return json_response({"success": reply.ok} | reply.data, 200 if reply.ok else 400)
 
-# %% ../../nbs/40_server.ipynb #642b80f0
+# %% ../../nbs/40_server.ipynb #009d9a28
 async def health(request: Request) -> Response:
     """GET /health: the processes are there."""
     dead = request.app.state.manager.dead
@@ -409,10 +409,14 @@ async def sign_of_life(
 
 
 async def health_generate(request: Request) -> Response:
-    """GET /health_generate: the engine really works, within 20 seconds."""
+    """GET /health_generate: every process beats, and the engine really works, within 20 seconds."""
+    manager, limit = request.app.state.manager, request.app.state.args.watchdog_timeout
+    if manager.silent(limit):
+        who = " and ".join(manager.silent(limit))
+        raise RequestError(f"nothing heard of the {who} for {limit:.0f} s", 503, code="server_error")
     try:
         async with asyncio.timeout(20):
-            await until_gone(sign_of_life(request.app.state.manager), request.receive)
+            await until_gone(sign_of_life(manager), request.receive)
     except TimeoutError:
         raise RequestError("no token within 20 s", 503, code="server_error") from None
     return json_response({"status": "ok"})

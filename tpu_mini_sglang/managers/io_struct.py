@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenId', 'Count', 'MAX_SALT', 'Salt', 'Message', 'MessageError', 'Struct', 'GenerateReq', 'AbortReq',
            'FlushCacheReq', 'StatsReq', 'FinishReason', 'TokenLogprob', 'DetokInit', 'TokenOut', 'TextOut',
-           'ControlOut', 'encode', 'decode']
+           'ControlOut', 'Heartbeat', 'encode', 'decode']
 
 # %% ../../nbs/07_messages.ipynb #7c2e8ddc
 """What the engine's processes say to each other: typed structs in msgpack, never pickle."""
@@ -86,7 +86,7 @@ class DetokInit(Struct, frozen=True):
     skip_special_tokens: bool
     no_stop_trim: bool
 
-# %% ../../nbs/07_messages.ipynb #3e36851f
+# %% ../../nbs/07_messages.ipynb #b1f6bc33
 class TokenOut(Struct, frozen=True, tag="tokens"):
     """Scheduler to detokenizer: a request's new tokens."""
 
@@ -120,8 +120,14 @@ class ControlOut(Struct, frozen=True, tag="control"):
     ok: bool
     data: dict[str, Any] = {}
 
-# %% ../../nbs/07_messages.ipynb #8def5647
-Message = GenerateReq | AbortReq | FlushCacheReq | StatsReq | TokenOut | TextOut | ControlOut
+
+class Heartbeat(Struct, frozen=True, tag="beat"):
+    """Scheduler and detokenizer to tokenizer manager, each second: this process lives."""
+
+    source: str  # the process's name
+
+# %% ../../nbs/07_messages.ipynb #2e133bd2
+Message = GenerateReq | AbortReq | FlushCacheReq | StatsReq | TokenOut | TextOut | ControlOut | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Message])

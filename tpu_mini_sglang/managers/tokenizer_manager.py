@@ -7,7 +7,7 @@ __all__ = ['Listener', 'RequestError', 'GenerateInput', 'Limits', 'check_prompt'
            'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
            'TokenizerManager']
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #e5dbb2bd
+# %% ../../nbs/37_tokenizer_manager.ipynb #a7b56144
 """The front end's half of the engine: checks requests, sends them, and hands each answer to who waits for it."""
 
 import asyncio
@@ -29,6 +29,7 @@ from tpu_mini_sglang.managers.io_struct import (
     FinishReason,
     FlushCacheReq,
     GenerateReq,
+    Heartbeat,
     Message,
     StatsReq,
     TextOut,
@@ -391,22 +392,26 @@ class TokenizerDesk(AbortingTable):
         sampling = check_sampling(item, len(ids), self.limits)
         return expand(item, ids, sampling, lambda: self.random.getrandbits(32))
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #aec839df
+# %% ../../nbs/37_tokenizer_manager.ipynb #e7ef8a0d
 class Switchboard(TokenizerDesk):
     """The desk with its answers coming in: text for who waits, and replies to control requests."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.controls: dict[str, asyncio.Future[ControlOut]] = {}
-        self.heard = 0  # messages that came from the engine
+        self.heard = 0  # messages that came from the engine's work
+        self.beats: dict[str, float] = {}  # when each process was heard of last, seconds
 
     def step(
         self,
         incoming: list[Message],  # from the detokenizer
     ) -> None:
         """Wake whom the messages concern."""
-        self.heard += len(incoming)
         for message in incoming:
+            if isinstance(message, Heartbeat):
+                self.beats[message.source] = time.monotonic()
+                continue
+            self.heard += 1
             if isinstance(message, TextOut):
                 self.handle(message)
             elif isinstance(message, ControlOut) and message.rid in self.controls:
@@ -424,6 +429,14 @@ class Switchboard(TokenizerDesk):
             if not waiter.done():
                 waiter.set_exception(RequestError(message, 503, code="server_error"))
         self.controls.clear()
+
+    def silent(
+        self,
+        limit: float,  # seconds
+    ) -> list[str]:
+        """The processes that were heard of once, and not within the limit; in one process nobody beats."""
+        now = time.monotonic()
+        return [source for source, beat in self.beats.items() if now - beat > limit]
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #80699367
 class TokenizerManager(Switchboard):
