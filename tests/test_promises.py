@@ -1,5 +1,6 @@
 """The engine's promise on a real (tiny, random) model: a request's tokens depend on nothing but the request."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -8,8 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from tpu_mini_sglang.entrypoints.engine import Engine, Parts
+from tpu_mini_sglang.managers.detokenizer_manager import toy_tokenizer
 from tpu_mini_sglang.managers.io_struct import AbortReq, GenerateReq
 from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
+from tpu_mini_sglang.managers.tokenizer_manager import Limits as FrontLimits
+from tpu_mini_sglang.managers.tokenizer_manager import RequestError
 from tpu_mini_sglang.model_config import ModelConfig
 from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
 from tpu_mini_sglang.models.decoder import DecoderLM
@@ -147,6 +152,23 @@ def test_salts_share_no_prefix(runner):
     assert [cached for _, cached in second] == [28, 28, 28]
     assert len({tuple(tokens) for tokens, _ in first + second}) == 1
     check_pages(scheduler.state)
+
+
+@pytest.mark.parametrize("phase,status", [("waiting", 503), ("running", 408)])
+def test_a_deadline_reaches_the_caller_and_frees_the_pages(runner, phase, status):
+    """On a clock that ticks whenever somebody looks: who is late hears it, whoever is not gets its tokens."""
+    scheduler, ticks = new_scheduler(runner), itertools.count()
+    scheduler.state.clock = lambda: float(next(ticks))
+    scheduler.state.limits = replace(scheduler.state.limits, **{f"{phase}_timeout": 20.0})
+    prompts, params = [[i + 1, 2, 3] for i in range(ROWS + 2)], {"max_new_tokens": 40, "ignore_eos": True}
+    with Engine(parts=Parts(toy_tokenizer(), FrontLimits(TINY.vocab_size, 128), lambda: scheduler)) as engine:
+        with pytest.raises(RequestError, match=f"{phase} for more than 20 s") as late:
+            engine.generate(input_ids=prompts, sampling_params=params)
+        assert late.value.status == status
+        short = engine.generate(input_ids=prompts[0], sampling_params=params | {"max_new_tokens": 2})
+        assert len(short["output_ids"]) == 2
+        info = engine.get_server_info()
+    assert info["free_pages"] + info["cached_pages"] == info["total_pages"]
 
 
 def test_nothing_compiles_after_warmup(runner):

@@ -518,11 +518,11 @@ async def open_completion(
     except RequestError as error:
         raise their_names(error) from None
 
-# %% ../../nbs/39_openai.ipynb #f96f7f90
+# %% ../../nbs/39_openai.ipynb #20b020a5
 def error_body(
     error: RequestError,  # what went wrong
 ) -> dict[str, Any]:
     """OpenAI's error object."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
-    kind = kinds.get(error.status, "invalid_request_error")
+    kinds = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error"}
+    kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

@@ -21,7 +21,7 @@ from ..model_executor.model_runner import UNREAD, Row
 from ..sampling.sampler import SampleOutput, SamplingBatch, fill_row
 from ..sampling.sampling_params import fold_seed
 
-# %% ../../nbs/29_requests.ipynb #520c0a7b
+# %% ../../nbs/29_requests.ipynb #5c28a710
 @dataclass(eq=False)
 class Req:
     """One request from admission to finish."""
@@ -40,6 +40,7 @@ class Req:
     node: TreeNode | None = None  # the locked tree node of those pages
     cached_tokens: int = 0  # prompt tokens found in the cache at the first admission
     admitted: bool = False
+    since: float = 0.0  # when it arrived, and once it is admitted, when that was; seconds
     overtaken: int = 0  # times a later arrival was admitted first
     num_sent: int = 0  # output tokens already reported
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per output token, where asked for
