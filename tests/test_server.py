@@ -337,6 +337,15 @@ def test_api_key_and_port() -> None:
         assert server.end(signal.SIGINT) == 0
 
 
+def test_health_answers_while_a_prompt_of_a_megabyte_is_tokenised(toy: Server) -> None:
+    body = {"text": "word " * 200_000, "sampling_params": {"max_new_tokens": 1}}
+    wait = in_background([lambda: httpx.post(toy.url + "/generate", json=body, timeout=60)])
+    with httpx.Client() as client:
+        waits = [client.get(toy.url + "/health").elapsed.total_seconds() for _ in range(200)]
+    assert [status for status, _ in wait()] == [200]
+    assert max(waits) < 1, f"the slowest of {len(waits)} took {max(waits):.2f} s"
+
+
 def test_a_stalled_step_turns_readiness_off_and_logs_its_stack() -> None:
     server = start_toy(watchdog_timeout=3)
     ready = lambda: httpx.get(server.url + "/health_generate", timeout=30)  # noqa: E731

@@ -314,7 +314,7 @@ class SchedulerThread:
         self.inbox.put(None)
         self.thread.join()
 
-# %% ../../nbs/38_engine.ipynb #866d4556
+# %% ../../nbs/38_engine.ipynb #97eb07eb
 class Runtime:
     """The three managers of one process, wired up."""
 
@@ -353,7 +353,7 @@ class Runtime:
         self.scheduler.stop()
         self.loop.run(settle())
         self.loop.stop()
-        self.manager.worker.shutdown()
+        self.manager.shutdown()
 
 # %% ../../nbs/38_engine.ipynb #092a33ab
 async def on_loop(

@@ -7,7 +7,7 @@ __all__ = ['Listener', 'RequestError', 'GenerateInput', 'Limits', 'check_prompt'
            'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
            'TokenizerManager']
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #a7b56144
+# %% ../../nbs/37_tokenizer_manager.ipynb #8a0ec752
 """The front end's half of the engine: checks requests, sends them, and hands each answer to who waits for it."""
 
 import asyncio
@@ -35,6 +35,7 @@ from tpu_mini_sglang.managers.io_struct import (
     TextOut,
     TokenLogprob,
 )
+from .template_manager import TemplateManager
 from ..sampling.sampling_params import MAX_TOP_LOGPROBS, ParamError, SamplingParams, fold_seed
 from ..tokenizer import TemplateError, TextError, Tokenizer
 
@@ -346,7 +347,7 @@ class AbortingTable(RequestTable):
         self.dead = self.dead or message
         self.end(list(self.live), FinishReason(type="error", message=message, status=503))
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #0aa70698
+# %% ../../nbs/37_tokenizer_manager.ipynb #3d430239
 class TokenizerDesk(AbortingTable):
     """The table with a tokenizer: makes messages of what callers bring."""
 
@@ -360,19 +361,29 @@ class TokenizerDesk(AbortingTable):
         super().__init__(send, limits.max_pending)
         self.tokenizer, self.limits = tokenizer, limits
         self.random = random.Random(random_seed)
+        self.templates = TemplateManager(tokenizer)
         self.worker = ThreadPoolExecutor(1, "tokenizer")  # off the event loop; one, for tokenizers are not thread-safe
+        self.renderer = ThreadPoolExecutor(1, "templates")
 
     async def in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run tokenizer work on the worker thread."""
         return await asyncio.get_running_loop().run_in_executor(self.worker, function, *args)
+
+    def shutdown(self) -> None:
+        """End the threads, and the process for templates."""
+        for threads in (self.worker, self.renderer):
+            threads.shutdown()
+        self.templates.stop()
 
     async def chat(
         self,
         messages: list[dict[str, Any]],  # OpenAI's shape, contents as text
     ) -> list[int]:
         """The prompt's token ids, by the model's chat template."""
+        loop = asyncio.get_running_loop()
         try:
-            return await self.in_worker(self.tokenizer.apply_chat_template, messages)
+            text = await loop.run_in_executor(self.renderer, self.templates.render, messages)
+            return await self.in_worker(self.tokenizer.encode, text, False)  # the template writes BOS where it belongs
         except (TemplateError, TextError) as error:
             raise RequestError(f"messages: {error}", param="messages") from None
 
