@@ -61,8 +61,13 @@ def start_toy(port: int = 0, key: str = "", **fields: object) -> Server:
 
 
 @pytest.fixture(scope="module")
-def toy() -> Iterator[Server]:
-    server = start_toy()
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def toy(traces: Path) -> Iterator[Server]:
+    server = start_toy(profile_dir=str(traces))
     yield server
     assert server.end() == 0, "".join(server.lines)
 
@@ -307,6 +312,22 @@ def test_metrics_and_a_log_line(toy: Server) -> None:
     assert (line["finish"], line["completion_tokens"]) == ("length", 6)
     assert 0 <= line["ttft_s"] <= line["e2e_s"]
     assert "confidential" not in "".join(toy.lines)
+
+
+def test_a_profile_is_written_where_the_server_was_told(toy: Server, traces: Path) -> None:
+    def post(path: str, body: dict | None = None) -> tuple[int, str]:
+        reply = httpx.post(toy.url + path, json=body, timeout=120)
+        return reply.status_code, reply.text
+
+    for body, word in ({"output_dir": "/"}, "output_dir"), ({"num_steps": 0}, "num_steps"), ({"x": 1}, "unknown"):
+        status, text = post("/start_profile", body)
+        assert status == 400 and word in text
+    assert post("/stop_profile")[0] == 400, "none is running"
+    assert post("/start_profile", {"num_steps": 3})[0] == 200
+    assert post("/generate", {"text": "abc", "sampling_params": {"max_new_tokens": 9}})[0] == 200
+    assert eventually(lambda: list(traces.rglob("*.xplane.pb")) != [])
+    assert post("/stop_profile")[0] == 400, "it has ended by itself"
+    assert post("/start_profile")[0] == 200 and post("/stop_profile")[0] == 200
 
 
 def test_many_clients_get_their_own_answers(toy: Server) -> None:

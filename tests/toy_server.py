@@ -8,7 +8,7 @@ import sys
 import time
 
 from tpu_mini_sglang.entrypoints.engine import toy_front
-from tpu_mini_sglang.launch_server import Builders, StartError, launch
+from tpu_mini_sglang.launch_server import Builders, Profiled, StartError, launch
 from tpu_mini_sglang.managers.detokenizer_manager import EchoScheduler, toy_detokenizer, toy_scheduler
 from tpu_mini_sglang.managers.io_struct import ControlOut, GenerateReq, Message
 from tpu_mini_sglang.server_args import ServerArgs
@@ -34,8 +34,8 @@ class PacedScheduler(EchoScheduler):
         return out
 
 
-def paced_scheduler(args: ServerArgs) -> PacedScheduler:
-    return PacedScheduler(toy_scheduler(args).eos)
+def paced_scheduler(args: ServerArgs) -> Profiled:
+    return Profiled(PacedScheduler(toy_scheduler(args).eos), args.profile_dir)
 
 
 if __name__ == "__main__":

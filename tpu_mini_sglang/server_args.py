@@ -106,7 +106,7 @@ class Flags:
         """The parsed flags, checked."""
         return cls(**{f.name: getattr(ns, f.name) for f in fields(cls)})
 
-# %% ../nbs/02_server_args.ipynb #261f7460
+# %% ../nbs/02_server_args.ipynb #5206dcae
 # What --kv-cache-dtype means, in SGLang's spelling; None: the model's own dtype
 KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
@@ -142,6 +142,7 @@ class ServerArgs(Flags):
     watchdog_timeout: float = flag(
         300.0, "seconds of silence after which a process is not ready and its stacks are logged", bounds=(3.0, 86400.0)
     )
+    profile_dir: str | None = flag(None, "where /start_profile writes traces (default: it is refused)")
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
     tp_size: int | None = flag(

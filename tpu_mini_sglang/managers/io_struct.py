@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TokenId', 'Count', 'MAX_SALT', 'Salt', 'Message', 'MessageError', 'Struct', 'GenerateReq', 'AbortReq',
-           'FlushCacheReq', 'StatsReq', 'FinishReason', 'TokenLogprob', 'DetokInit', 'TokenOut', 'TextOut',
-           'ControlOut', 'Heartbeat', 'encode', 'decode']
+           'FlushCacheReq', 'StatsReq', 'ProfileReq', 'FinishReason', 'TokenLogprob', 'DetokInit', 'TokenOut',
+           'TextOut', 'ControlOut', 'Heartbeat', 'encode', 'decode']
 
 # %% ../../nbs/07_messages.ipynb #7c2e8ddc
 """What the engine's processes say to each other: typed structs in msgpack, never pickle."""
@@ -30,7 +30,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 MAX_SALT = 256  # characters
 Salt = Annotated[str, msgspec.Meta(max_length=MAX_SALT)]
 
-# %% ../../nbs/07_messages.ipynb #382f6579
+# %% ../../nbs/07_messages.ipynb #853118f3
 class GenerateReq(Struct, frozen=True, tag="generate"):
     """Tokenizer manager to scheduler: generate for this prompt."""
 
@@ -59,6 +59,14 @@ class StatsReq(Struct, frozen=True, tag="stats"):
     """Tokenizer manager to scheduler: report your counters. Answered by ControlOut."""
 
     rid: str
+
+
+class ProfileReq(Struct, frozen=True, tag="profile"):
+    """Tokenizer manager to scheduler: begin or end a trace of the device. Answered by ControlOut."""
+
+    rid: str
+    start: bool
+    num_steps: Count = 0  # end it after so many steps; 0: when asked to
 
 # %% ../../nbs/07_messages.ipynb #9518119a
 class FinishReason(Struct, frozen=True):
@@ -126,8 +134,8 @@ class Heartbeat(Struct, frozen=True, tag="beat"):
 
     source: str  # the process's name
 
-# %% ../../nbs/07_messages.ipynb #2e133bd2
-Message = GenerateReq | AbortReq | FlushCacheReq | StatsReq | TokenOut | TextOut | ControlOut | Heartbeat
+# %% ../../nbs/07_messages.ipynb #6e136d2f
+Message = GenerateReq | AbortReq | FlushCacheReq | StatsReq | ProfileReq | TokenOut | TextOut | ControlOut | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Message])

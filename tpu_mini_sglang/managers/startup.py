@@ -209,10 +209,10 @@ def enable_compile_cache(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# %% ../../nbs/30b_startup.ipynb #807e8a2b
+# %% ../../nbs/30b_startup.ipynb #a0e37104
 OWN = set(
     "model_path served_model_name download_dir chat_template host port api_key max_body_bytes max_queued_requests "
-    "req_waiting_timeout req_running_timeout watchdog_timeout "
+    "req_waiting_timeout req_running_timeout watchdog_timeout profile_dir "
     "log_level node_rank dist_init_addr dist_timeout random_seed compilation_cache_dir".split()
 )  # flags that may differ from host to host
 

@@ -7,7 +7,7 @@ __all__ = ['Listener', 'RequestError', 'GenerateInput', 'Limits', 'check_prompt'
            'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
            'TokenizerManager']
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #8a0ec752
+# %% ../../nbs/37_tokenizer_manager.ipynb #762d3cd3
 """The front end's half of the engine: checks requests, sends them, and hands each answer to who waits for it."""
 
 import asyncio
@@ -31,6 +31,7 @@ from tpu_mini_sglang.managers.io_struct import (
     GenerateReq,
     Heartbeat,
     Message,
+    ProfileReq,
     StatsReq,
     TextOut,
     TokenLogprob,
@@ -449,7 +450,7 @@ class Switchboard(TokenizerDesk):
         now = time.monotonic()
         return [source for source, beat in self.beats.items() if now - beat > limit]
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #80699367
+# %% ../../nbs/37_tokenizer_manager.ipynb #3e819ff0
 class TokenizerManager(Switchboard):
     """Text and parameters in, a stream of answers out."""
 
@@ -471,7 +472,7 @@ class TokenizerManager(Switchboard):
 
     async def control(
         self,
-        request: FlushCacheReq | StatsReq,  # its rid is set here
+        request: FlushCacheReq | StatsReq | ProfileReq,  # its rid is set here
         timeout: float = 10.0,  # seconds
     ) -> ControlOut:
         """Ask the scheduler something."""
