@@ -101,7 +101,7 @@ def say(
     """A line on the terminal, at once."""
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/40b_launch.ipynb #bf5a5762
+# %% ../nbs/40b_launch.ipynb #ddf7381e
 def real_front(
     args: ServerArgs,  # names the model
 ) -> tuple[ServerArgs, "Tokenizer", "Limits"]:  # arguments with the model's path on disk, and what a front end needs
@@ -115,9 +115,15 @@ def real_scheduler(
     args: ServerArgs,  # with the model's path
 ) -> Any:
     """The scheduler with model and device; JAX lives in its process alone."""
+    from tpu_mini_sglang.constrained.grammar import Grammars
     from tpu_mini_sglang.managers.startup import build_scheduler
+    from tpu_mini_sglang.tokenizer import load_tokenizer
 
-    return build_scheduler(args, say)
+    def load() -> "Tokenizer":
+        assert args.model_path is not None
+        return load_tokenizer(args.model_path)
+
+    return build_scheduler(args, say, lambda at: Grammars(load, at.vocab_size, at.eos_token_ids))
 
 
 def real_detokenizer(

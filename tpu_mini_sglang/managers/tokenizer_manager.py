@@ -6,7 +6,7 @@
 __all__ = ['Listener', 'RequestError', 'GenerateInput', 'Limits', 'check_prompt', 'check_sampling', 'expand', 'Output', 'Call',
            'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard', 'TokenizerManager']
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #63784cfb
+# %% ../../nbs/37_tokenizer_manager.ipynb #1301f0eb
 """The front end's half of the engine: checks requests, sends them, and hands each answer to who waits for it."""
 
 import asyncio
@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from ..constrained.grammar import check_grammar
 from tpu_mini_sglang.managers.io_struct import (
     AbortReq,
     ControlOut,
@@ -329,7 +330,7 @@ class AbortingTable(RequestTable):
         self.dead = self.dead or message
         self.end(list(self.live), FinishReason(type="error", message=message, status=503))
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #aab140f4
+# %% ../../nbs/37_tokenizer_manager.ipynb #900c4060
 class TokenizerDesk(AbortingTable):
     """The table with a tokenizer: makes messages of what callers bring."""
 
@@ -372,6 +373,11 @@ class TokenizerDesk(AbortingTable):
                 raise RequestError(f"prompt: {error}", param="prompt") from None
         ids = check_prompt(ids, self.limits)
         sampling = check_sampling(item, len(ids), self.limits)
+        if sampling.grammar:
+            try:
+                await asyncio.to_thread(check_grammar, sampling)  # may take a while
+            except ParamError as error:
+                raise RequestError(str(error), param=error.field) from None
         return expand(item, ids, sampling, lambda: self.random.getrandbits(32))
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #aec839df
