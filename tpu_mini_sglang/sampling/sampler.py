@@ -275,16 +275,23 @@ def add_bias(
     ids = jnp.where(active, batch.bias_ids, logits.shape[-1])  # one past the end: dropped
     return logits.at[jnp.arange(ids.shape[0])[:, None], ids].add(batch.bias_values, mode="drop")
 
-# %% ../../nbs/14_sampling.ipynb #750c8520
+# %% ../../nbs/14_sampling.ipynb #704549dc
 def only_allowed(
     logits: jax.Array,  # [B, V]
     masked: jax.Array,  # [B] bool, rows whose bits count
     allowed: jax.Array,  # [B, W] int32, bit i of word w is token 32 * w + i
 ) -> jax.Array:
     """Logits with -inf for what a row's bits forbid."""
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    words = jnp.repeat(allowed, 32, axis=-1)[:, : logits.shape[-1]]
-    return jnp.where(masked[:, None] & (words >> ids % 32 & 1 == 0), -jnp.inf, logits)
+
+    def of_part(part: jax.Array, ids: jax.Array, masked: jax.Array, words: jax.Array) -> jax.Array:
+        begin, size = ids[0], part.shape[-1]  # each device takes the words that its part begins and ends in
+        words = lax.dynamic_slice_in_dim(words, begin // 32, size // 32 + 2, axis=-1)
+        words = lax.dynamic_slice_in_dim(jnp.repeat(words, 32, axis=-1), begin % 32, size, axis=-1)
+        return jnp.where(masked[:, None] & (words >> ids % 32 & 1 == 0), -jnp.inf, part)
+
+    every = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    words = jnp.pad(allowed, ((0, 0), (0, 2)))  # a slice past the end would be moved, in silence
+    return tensor_map(of_part, (1, 0, None, None), 1)(logits, every, masked, words)
 
 # %% ../../nbs/14_sampling.ipynb #3c695287
 def has_penalty(
