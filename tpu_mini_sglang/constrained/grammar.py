@@ -6,14 +6,14 @@
 __all__ = ['WHITESPACE', 'translate', 'first_line', 'parser_limits', 'check_grammar', 'set_bits', 'Constraint', 'token_trie',
            'Grammars']
 
-# %% ../../nbs/32_structured_output.ipynb #0dac541d
+# %% ../../nbs/32_structured_output.ipynb #381584c1
 """What an answer must obey: JSON schemas, regular expressions and grammars as masks over tokens. No JAX here."""
 
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def check_grammar(
         if problem:
             raise ParamError(field, f"can't be obeyed: {first_line(problem)}")
 
-# %% ../../nbs/32_structured_output.ipynb #90f5d385
+# %% ../../nbs/32_structured_output.ipynb #7861a835
 def set_bits(
     size: int,  # 32-bit words
     ids: Iterable[int],  # tokens
@@ -80,7 +80,7 @@ def set_bits(
         bits[token // 32] |= np.uint32(1 << token % 32)
     return bits.view(np.int32)
 
-
+# %% ../../nbs/32_structured_output.ipynb #c79afb6f
 class Constraint:
     """One request's grammar, in step with its answer. Satisfies chapter 29's protocol."""
 
@@ -88,10 +88,11 @@ class Constraint:
         self,
         compiled: "Future[LLMatcher]",  # shared by all who ask for the same
         field: str,  # where the client gave it, for messages
+        words: int,  # 32-bit words of the tokenizer's own mask
         stops: list[int],  # tokens that end this answer beside the model's own
         not_eos: list[int],  # the model's own, where they do not end it
     ):
-        self.compiled, self.field, self.stops, self.not_eos = compiled, field, stops, not_eos
+        self.compiled, self.field, self.words, self.stops, self.not_eos = compiled, field, words, stops, not_eos
         self.matcher: LLMatcher | None = None
         self.problem = ""
 
@@ -128,11 +129,12 @@ class Constraint:
 
     def allow(
         self,
-        bits: np.ndarray,  # [W] int32, overwritten
+        bits: np.ndarray,  # [W] int32, overwritten; beyond `words` nothing is allowed
     ) -> None:
         """Write which tokens may come next. Stop tokens may where the grammar may end."""
         assert self.matcher is not None
-        self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        bits[self.words :] = 0
+        self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, 4 * self.words)
         if self.stops and self.matcher.is_accepting():
             bits |= set_bits(len(bits), self.stops)
         others = bits & ~set_bits(len(bits), self.not_eos)
@@ -142,7 +144,7 @@ class Constraint:
             self.fail("no token of this model can go on")
             bits[:] = -1  # whatever comes, the request ends with this problem
 
-# %% ../../nbs/32_structured_output.ipynb #20814275
+# %% ../../nbs/32_structured_output.ipynb #80e0fe8f
 def token_trie(
     load: Callable[[], Tokenizer],
     vocab_size: int,  # V of the model, perhaps more than the tokenizer has
@@ -153,7 +155,7 @@ def token_trie(
 
     return LLTokenizer(load().backend.to_str(), n_vocab=vocab_size, eos_token=list(eos_token_ids))
 
-
+# %% ../../nbs/32_structured_output.ipynb #87c0ce66
 class Grammars:
     """Makes constraints; compiles on a thread of its own, and keeps the latest."""
 
@@ -164,7 +166,7 @@ class Grammars:
         eos_token_ids: tuple[int, ...],  # that end its answers
         most: int = 128,  # compiled grammars to keep
     ):
-        self.eos_token_ids, self.most = eos_token_ids, most
+        self.words, self.eos_token_ids, self.most = -(-vocab_size // 32), eos_token_ids, most
         self.worker = ThreadPoolExecutor(1, "grammar")
         self.trie = self.worker.submit(token_trie, load, vocab_size, eos_token_ids)
         self.kept: OrderedDict[tuple[str, str], Future[LLMatcher]] = OrderedDict()
@@ -189,4 +191,4 @@ class Grammars:
         if len(self.kept) > self.most:
             self.kept.popitem(last=False)
         not_eos = [i for i in self.eos_token_ids if i not in params.stop_token_ids] if params.ignore_eos else []
-        return Constraint(self.kept[key], key[0], params.stop_token_ids, not_eos)
+        return Constraint(self.kept[key], key[0], self.words, params.stop_token_ids, not_eos)
