@@ -30,7 +30,7 @@ def toy() -> Iterator[Server]:
 
 
 def test_what_the_description_promises(toy: Server, tmp_path: Path) -> None:
-    """Each field of both completion routes, as described and not: no 500, and nothing is taken that is described as wrong.
+    """Each field of both completion routes, as described and not: no 500, and nothing wrong is taken.
 
     A body that fits may still be refused, for a model that we do not serve for one.
     """
