@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent
 NBDEV_TEST = Path(sys.executable).with_name("nbdev_test")
 LIMIT_S = 600
 SLOW_LIMIT_S = 1200
+# Files of some minutes. They start first, or one worker is left with them when the other has nothing to do.
+LONGEST = ("test_mesh", "test_server", "test_kv_dtypes", "41_cli", "test_promises", "test_hosts", "test_parity")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +33,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "NotebookF
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for flag in ("slow", "exhaustive"):
         if config.getoption(f"--{flag}"):
             continue

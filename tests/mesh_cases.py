@@ -32,10 +32,11 @@ from tpu_mini_sglang.models.hub import load_model_config, open_checkpoint
 from tpu_mini_sglang.models.weights import load_model
 from tpu_mini_sglang.sampling.sampling_params import SamplingParams
 from tpu_mini_sglang.server_args import ServerArgs
-from tpu_mini_sglang.sharding import check_tp, make_mesh, replicate_kv_heads
+from tpu_mini_sglang.sharding import fit_to_devices, make_mesh
 from tpu_mini_sglang.tpu.plan import find_collectives
 
-SPLITS = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 256}
+# a vocabulary that no split divides, so that all but one device pad it
+SPLITS = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 253}
 PAGE, CHUNK, ROWS, PAGES = 4, 32, 4, 40
 
 
@@ -44,8 +45,7 @@ def load_runner(hf: dict, tp: int, dp: int, backend: str = "xla", buckets: Bucke
     with tempfile.TemporaryDirectory() as tmp:
         folder = write_checkpoint(Path(tmp), hf)
         config, mesh = load_model_config(folder, dtype="float32"), make_mesh(tp, dp)
-        check_tp(config, tp)
-        config = replicate_kv_heads(config, tp)
+        config = fit_to_devices(config, tp)
         model = load_model(config, open_checkpoint(folder), mesh, progress=False)
         return ModelRunner(model, config, mesh, PAGES, PAGE, buckets or Buckets(CHUNK, ROWS, ROWS, 16), backend)
 
@@ -67,7 +67,7 @@ def requests(vocab: int, count: int) -> list[GenerateReq]:
 def serve(runner: ModelRunner, specs: list[GenerateReq]) -> dict[str, list[int]]:
     """The tokens of each request, served together through a scheduler; those of top logprobs after them."""
     config = runner.config
-    limits = Limits(config.context_len, config.vocab_size, config.eos_token_ids, CHUNK, ROWS)
+    limits = Limits(config.context_len, config.vocab_size, config.eos_token_ids, CHUNK, ROWS, overlap=True)
     scheduler, tokens, top = Scheduler(runner, limits), {s.rid: [] for s in specs}, {s.rid: [] for s in specs}
     incoming, used = list(specs), set()
     while incoming or scheduler.has_work:
@@ -102,8 +102,8 @@ def startup(name: str, tp: int, dp: int) -> dict:
         return {"lines": lines, "tokens": serve(runner, requests(hf["vocab_size"], 9))}
 
 
-def collectives(tp: int, dp: int, layers: int, decode: bool, vocab: int = 8192) -> dict:
-    """(kind, shape, bytes) of each collective in the runner's own program for a step."""
+def collectives(tp: int, dp: int, layers: int, decode: bool, vocab: int = 8190) -> dict:
+    """(kind, shape, bytes, devices) of each collective in the runner's own program for a step."""
     hf = VARIANTS["llama"] | SPLITS | {"num_hidden_layers": layers, "vocab_size": vocab}
     runner = load_runner(hf, tp, dp)
     (bucket,) = runner.buckets.decode if decode else runner.buckets.extend

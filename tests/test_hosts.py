@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -63,18 +64,20 @@ def free_port() -> int:
         return min(s.getsockname()[1], 60000)
 
 
-def start_pair(model: Path) -> tuple[Server, Node]:
-    """Node 0, ready, and node 1; each has one CPU device and half of the model."""
-    group = ["--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}"]
-    node = Node(command(model, *group, "--node-rank", "1"))
+def start_pair(model: Path, tp: int = 2, dp: int = 1) -> tuple[Server, Node]:
+    """Node 0, ready, and node 1; each has half of the tp * dp CPU devices."""
+    devices = f"XLA_FLAGS=--xla_force_host_platform_device_count={tp * dp // 2}"
+    group = ["--tp-size", str(tp), "--dp-size", str(dp), "--nnodes", "2"]
+    group += ["--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    node = Node(["env", devices, *command(model, *group, "--node-rank", "1")])
     try:
-        return Server(command(model, *group, "--node-rank", "0")), node
+        return Server(["env", devices, *command(model, *group, "--node-rank", "0")]), node
     except BaseException:
         node.process.kill()
         raise
 
 
-def answers(url: str) -> list[list[int]]:
+def answers(url: str, at_once: int = 1) -> list[list[int]]:
     """Tokens of a few prompts, greedy and sampled, the second and third with a shared prefix, longer than a chunk."""
     prompts = ["Hello", "abc " * 30, "abc " * 29 + "xyz"]
     kinds = [{"temperature": 0}, {"temperature": 0.8, "seed": 7}, {"temperature": 1.2, "seed": 3, "top_p": 0.9}]
@@ -83,7 +86,10 @@ def answers(url: str) -> list[list[int]]:
         for text in prompts
         for kind in kinds
     ]
-    return [httpx.post(url + "/generate", json=body, timeout=60).json()["output_ids"] for body in bodies]
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(
+            pool.map(lambda body: httpx.post(url + "/generate", json=body, timeout=60).json()["output_ids"], bodies)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +102,35 @@ def pair(model: Path) -> Iterator[tuple[Server, Node]]:
     node.reader.join()
 
 
-def test_same_tokens_as_one_process(model, pair):
-    """Whatever one process answers, two processes with half of the model each answer too."""
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    """What one process answers."""
     alone = Server(command(model))
     try:
-        expected = answers(alone.url)
+        tokens = answers(alone.url)
     finally:
         alone.end()
+    assert len({tuple(row) for row in tokens}) > 6  # or a comparison would say little
+    return tokens
+
+
+def test_same_tokens_as_one_process(pair, expected):
+    """Two processes with half of the model each."""
     assert answers(pair[0].url) == expected
-    assert len({tuple(tokens) for tokens in expected}) > 6  # or the comparison would say little
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_group_of_devices_on_each_host(model, expected):
+    """Two processes with the whole model each, split over their own devices, and each with pages of its own."""
+    server, node = start_pair(model, tp=2, dp=2)
+    try:
+        assert answers(server.url, at_once=9) == expected
+        assert "2 times 128 pages" in "".join(server.lines), server.lines
+    finally:
+        server.end(signal.SIGKILL)
+        node.process.kill()
+        node.reader.join()
 
 
 def test_a_killed_follower_ends_the_leader(pair):

@@ -72,17 +72,19 @@ def check_collectives(meshes: list[tuple[int, int]], decode: bool) -> None:
     cases = [{"tp": tp, "dp": dp, "layers": 2, "decode": decode} for tp, dp in meshes]
     programs = {(case["tp"], case["dp"]): case for case in run_cases("collectives", cases)}
     for (tp, dp), case in programs.items():
-        found = Counter((kind, shape) for kind, shape, _ in case["found"])
-        for kind, shape, size in case["found"]:
-            assert size < case["logits"] / 8, f"{kind} {shape} on {tp} x {dp} devices: are these logits?"
+        found = Counter((kind, shape) for kind, shape, *_ in case["found"])
         results = [f"s32[{ROWS * dp}]", f"f32[{ROWS * dp}]", f"u8[{ROWS * dp}]"]  # of a SampleOutput
         results += [f"s32[{ROWS * dp},20]", f"f32[{ROWS * dp},20]"]
         outputs = Counter(("all-gather", shape) for shape in results)
+        for kind, shape, size, members, _ in case["found"]:
+            assert size < case["logits"] / 8, f"{kind} {shape} on {tp} x {dp} devices: are these logits?"
+            between_groups = (kind, shape) in outputs and members in (dp, tp * dp)
+            assert members == tp or between_groups, f"{kind} {shape} among {members} of {tp} x {dp} devices"
         if dp > 1:
             assert found & outputs == outputs, "what is sampled is needed in every process"
             found -= outputs
             alone = programs.get((tp, 1))
-            assert alone is None or found == Counter((kind, shape) for kind, shape, _ in alone["found"])
+            assert alone is None or found == Counter((kind, shape) for kind, shape, *_ in alone["found"])
         if tp == 1:
             assert not found, f"a group of one device has nobody to talk to: {found}"
             continue

@@ -1,6 +1,7 @@
 """The engine's promise on a real (tiny, random) model: a request's tokens depend on nothing but the request."""
 
 import random
+from dataclasses import replace
 
 import jax
 import pytest
@@ -35,10 +36,17 @@ def runner() -> ModelRunner:
     return new_runner(make_mesh())
 
 
-def new_scheduler(runner: ModelRunner, policy: str = "fcfs", cache: bool = True) -> Scheduler:
+def new_scheduler(runner: ModelRunner, policy: str = "fcfs", cache: bool = True, overlap: bool = True) -> Scheduler:
     """A scheduler over the shared runner, with nothing cached."""
-    limits = Limits(TINY.context_len, TINY.vocab_size, TINY.eos_token_ids, CHUNK, ROWS, policy, cache)
+    limits = Limits(TINY.context_len, TINY.vocab_size, TINY.eos_token_ids, CHUNK, ROWS, policy, cache, overlap)
     return Scheduler(runner, limits)
+
+
+def other_order(scheduler: Scheduler) -> None:
+    """From now on with overlap, if it was without, and the other way round."""
+    state = scheduler.state
+    assert not state.flights
+    state.limits = replace(state.limits, overlap=not state.limits.overlap)
 
 
 def random_request(rid: str, rng: random.Random) -> GenerateReq:
@@ -78,7 +86,7 @@ def serve(scheduler: Scheduler, waves: list[list[GenerateReq]]) -> dict[str, tup
 
 def alone(runner: ModelRunner, spec: GenerateReq) -> tuple[list[int], str]:
     """What the request gets when nobody else is there and nothing is cached."""
-    return serve(new_scheduler(runner, cache=False), [[spec]])[spec.rid]
+    return serve(new_scheduler(runner, cache=False, overlap=False), [[spec]])[spec.rid]
 
 
 @pytest.mark.parametrize("seed,policy,cache", [(0, "fcfs", True), (1, "lpm", True), (2, "fcfs", False)])
@@ -88,7 +96,8 @@ def test_same_tokens_alone_in_a_crowd_cached_and_retracted(runner, seed, policy,
     specs = [random_request(f"r{i}", rng) for i in range(24)]
     scheduler = new_scheduler(runner, policy, cache)
     crowd = serve(scheduler, [specs[i : i + 6] for i in range(0, 24, 6)])
-    again = serve(scheduler, [specs])  # now whole prompts lie in the cache
+    other_order(scheduler)
+    again = serve(scheduler, [specs])  # now whole prompts lie in the cache, and no step overlaps the next
     assert again == crowd
     assert not cache or stats(scheduler.state)["cached_tokens"] > 0, "the test never met the cache"
     for spec in specs:  # other schedulers over the same pool: from here on the first one's cache is void
@@ -132,6 +141,7 @@ def test_nothing_compiles_after_warmup(runner):
     jax.monitoring.register_event_duration_secs_listener(listen)
     rng, scheduler = random.Random(7), new_scheduler(runner)
     scheduler.step([random_request(f"r{i}", rng) for i in range(12)])
+    assert len(scheduler.state.flights) == 1, "no step is on its way"
     while scheduler.has_work:
         scheduler.step([])
     assert not compiled and runner.num_compiles == len(runner.buckets.all())

@@ -43,7 +43,7 @@ FRONT_END = [
 RUN_TIME = {
     "tpu_mini_sglang",
     *("jax", "flax", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "fastapi", "uvicorn"),
-    *("h11", "msgspec", "zmq", "tqdm"),
+    *("h11", "msgspec", "zmq", "tqdm", "prometheus_client"),
     *("numpy", "ml_dtypes", "pydantic", "starlette", "jinja2"),
 }
 

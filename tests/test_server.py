@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 LINUX = sys.platform == "linux"
 TOY = [sys.executable, str(Path(__file__).with_name("toy_server.py"))]
@@ -288,6 +289,24 @@ def test_sglang_routes(toy: Server) -> None:
         lines[-2:] == ["data: [DONE]", ""]
         and json.loads(lines[-3][6:])["meta_info"]["finish_reason"]["type"] == "length"
     )
+
+
+def test_metrics_and_a_log_line(toy: Server) -> None:
+    def counted() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(toy.url + "/metrics").text)
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+    before = counted()
+    body = {"text": "confidential words", "rid": "log-me", "sampling_params": {"max_new_tokens": 6}}
+    assert httpx.post(toy.url + "/generate", json=body).status_code == 200
+    grown = {name: value - before[name] for name, value in counted().items()}
+    assert (grown["sglang:num_requests_total"], grown["sglang:generation_tokens_total"]) == (1, 6)
+    assert (grown["sglang:time_to_first_token_seconds_count"], grown["sglang:num_aborted_requests_total"]) == (1, 0)
+    assert eventually(lambda: any("log-me" in line for line in toy.lines))
+    line = json.loads(next(line for line in toy.lines if "log-me" in line).split(" ", 1)[1])
+    assert (line["finish"], line["completion_tokens"]) == ("length", 6)
+    assert 0 <= line["ttft_s"] <= line["e2e_s"]
+    assert "confidential" not in "".join(toy.lines)
 
 
 def test_many_clients_get_their_own_answers(toy: Server) -> None:

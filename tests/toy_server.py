@@ -1,5 +1,6 @@
 """A server without a model, in three processes: `toy_server.py PORT API_KEY`. It answers each prompt with itself."""
 
+import logging
 import sys
 import time
 
@@ -32,6 +33,7 @@ def paced_scheduler(args: ServerArgs) -> PacedScheduler:
 
 if __name__ == "__main__":
     port, key = sys.argv[1:]
+    logging.basicConfig(level="INFO", format="%(name)s %(message)s")
     args = ServerArgs(port=int(port), served_model_name="toy", context_length=4_000_000, api_key=key or None)
     try:
         sys.exit(launch(args, Builders(toy_front, paced_scheduler, toy_detokenizer)))

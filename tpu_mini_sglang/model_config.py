@@ -38,7 +38,7 @@ class RopeScaling:
     high_freq_factor: float = 1.0  # llama3: wavelengths below original_max_position / this are left alone
     original_max_position: int = 0  # llama3: context length before scaling, tokens
 
-# %% ../nbs/00_config.ipynb #6c18e3bd
+# %% ../nbs/00_config.ipynb #c22a45f1
 @dataclass(frozen=True)
 class ModelShape:
     """One decoder-only model in numbers."""
@@ -66,10 +66,24 @@ class ModelShape:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     kv_copies: int = 1  # times each of the checkpoint's KV heads is counted in num_kv_heads (chapter 01)
+    vocab_padding: int = 0  # empty rows after the vocabulary, so that devices hold equal parts of it (chapter 01)
+    quantization: str | None = None  # "int8": linear maps in eight bits, a scale for each output (chapter 12b)
 
-# %% ../nbs/00_config.ipynb #bd4b1bf2
+# %% ../nbs/00_config.ipynb #612fce81
 class ModelCost(ModelShape):
     """What a model of this shape weighs."""
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and of the head: the vocabulary and its padding."""
+        return self.vocab_size + self.vocab_padding
+
+    @property
+    def layer_maps(self) -> list[tuple[int, int, bool]]:
+        """Of each linear map of a layer: inputs, outputs, and whether it is the outputs that devices split."""
+        h, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return [(h, q, True), (h, kv, True), (h, kv, True), (q, h, False), (h, f, True), (h, f, True), (f, h, False)]
 
     def num_params(self) -> int:
         """Number of weights, a tied embedding counted once."""
@@ -79,11 +93,31 @@ class ModelCost(ModelShape):
         mlp = 3 * h * f + self.mlp_bias * (2 * f + h)
         norms = 2 * h + self.qk_norm * 2 * d
         tables = 1 if self.tie_word_embeddings else 2
-        return tables * self.vocab_size * h + self.num_layers * (attention + mlp + norms) + h
+        return tables * self.vocab_rows * h + self.num_layers * (attention + mlp + norms) + h
 
-    def weight_bytes(self) -> int:
-        """Bytes of all weights in the config's dtype."""
-        return self.num_params() * DTYPE_BYTES[self.dtype]
+    def weight_bytes(
+        self,
+        tp: int = 1,  # devices that split each layer
+    ) -> int:
+        """Bytes of the weights on each device, in the config's dtype; norms and output biases lie whole on all."""
+        each = 2 + self.o_bias + self.mlp_bias  # vectors of a layer, as wide as the model
+        whole = self.num_layers * (each * self.hidden_size + self.qk_norm * 2 * self.head_dim) + self.hidden_size
+        number = DTYPE_BYTES[self.dtype]
+        return ((self.num_params() - whole) // tp + whole) * number - self.quantized_savings(tp, number)
+
+    def quantized_savings(
+        self,
+        tp: int,  # devices that split each layer
+        number: int,  # bytes of a weight that is not quantized
+    ) -> int:
+        """Bytes that eight bits save on each device; the scales, float32, are taken off."""
+        if self.quantization is None:
+            return 0
+        head = [] if self.tie_word_embeddings else [(self.hidden_size, self.vocab_rows, True)]
+        maps = self.layer_maps * self.num_layers + head
+        weights = sum(inputs * outputs for inputs, outputs, _ in maps) // tp
+        scales = sum(outputs // tp if split else outputs for _, outputs, split in maps)
+        return weights * (number - 1) - 4 * scales
 
     def kv_bytes_per_token(
         self,
@@ -93,7 +127,7 @@ class ModelCost(ModelShape):
         dtype_bytes = dtype_bytes or DTYPE_BYTES[self.dtype]
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
 
-# %% ../nbs/00_config.ipynb #e60728e3
+# %% ../nbs/00_config.ipynb #55184637
 SIZES = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim context_len".split()
 
 
@@ -108,6 +142,10 @@ def check_config(
         raise ConfigError(f"num_heads = {config.num_heads} is not a multiple of num_kv_heads = {config.num_kv_heads}")
     if config.kv_copies < 1 or config.num_kv_heads % config.kv_copies:
         raise ConfigError(f"kv_copies = {config.kv_copies} does not divide num_kv_heads = {config.num_kv_heads}")
+    if config.quantization not in (None, "int8"):
+        raise ConfigError(f"quantization = {config.quantization} must be int8 or None")
+    if config.vocab_padding < 0:
+        raise ConfigError(f"vocab_padding = {config.vocab_padding} must be at least 0")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim = {config.head_dim} must be even: RoPE turns pairs of coordinates")
     if config.dtype not in DTYPE_BYTES:

@@ -106,7 +106,7 @@ class Flags:
         """The parsed flags, checked."""
         return cls(**{f.name: getattr(ns, f.name) for f in fields(cls)})
 
-# %% ../nbs/02_server_args.ipynb #9b9a12db
+# %% ../nbs/02_server_args.ipynb #150a51da
 # What --kv-cache-dtype means, in SGLang's spelling; None: the model's own dtype
 KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
@@ -124,6 +124,7 @@ class ServerArgs(Flags):
         "weights, activations, KV; auto: the checkpoint's, float32 on a CPU without 16-bit arithmetic",
         choices=("auto", *DTYPE_BYTES),
     )
+    quantization: str | None = flag(None, "int8: linear maps in eight bits, a scale each output", choices=("int8",))
     context_length: int | None = flag(None, "shorter context than the model's own, tokens", bounds=(1, 2**24))
 
     host: str = flag("127.0.0.1", "address to listen on")
@@ -131,6 +132,7 @@ class ServerArgs(Flags):
     api_key: str | None = flag(None, "clients must send this key as a bearer token", secret=True)
     max_body_bytes: int = flag(4 << 20, "largest HTTP request body, bytes", bounds=(1024, 1 << 30))
     max_queued_requests: int = flag(1024, "waiting requests; the next one gets HTTP status 503", bounds=(1, 1 << 20))
+    shutdown_timeout: float = flag(3.0, "seconds for running requests once SIGTERM came", bounds=(0.0, 3600.0))
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
     tp_size: int | None = flag(
@@ -163,6 +165,7 @@ class ServerArgs(Flags):
     chunked_prefill_size: int = flag(512, "most prompt tokens a step, a multiple of a page", bounds=(1, 1 << 20))
     schedule_policy: str = flag("fcfs", "first come, or longest cached prefix first", choices=("fcfs", "lpm"))
     disable_radix_cache: bool = flag(False, "compute every prompt from its first token")
+    disable_overlap_schedule: bool = flag(False, "plan a step only when the one before it has been read")
 
     random_seed: int = flag(0, "root of the seeds of requests that name none", bounds=(0, 2**32 - 1))
     skip_server_warmup: bool = flag(False, "accept requests at once and compile when they come")
@@ -174,7 +177,7 @@ class ServerArgs(Flags):
         super().validate()
         check_together(self)
 
-# %% ../nbs/02_server_args.ipynb #748fabd2
+# %% ../nbs/02_server_args.ipynb #dd7a2421
 def check_together(
     args: ServerArgs,  # values already good one by one
 ) -> None:
@@ -190,7 +193,5 @@ def check_together(
         raise ConfigError(f"--node-rank {args.node_rank} must be below --nnodes {args.nnodes}")
     if (args.nnodes > 1) != (args.dist_init_addr is not None):
         raise ConfigError("--nnodes above 1 and --dist-init-addr host:port need each other")
-    if args.nnodes > 1 and args.dp_size > 1:
-        raise ConfigError(f"--dp-size {args.dp_size} must be 1 where --nnodes is above 1")
     if args.chat_template is not None and not Path(args.chat_template).is_file():
         raise ConfigError(f"--chat-template {args.chat_template} is not a file")

@@ -7,9 +7,9 @@ __all__ = ['log', 'BODY_SECONDS', 'HEADERS', 'Handler', 'GENERATE', 'NEUTRAL', '
            'parse_json', 'json_body', 'json_response', 'error_response', 'as_error', 'gone', 'until_gone', 'event',
            'EventStream', 'start_stream', 'guarded', 'ApiKey', 'answer', 'chat_completions', 'completions', 'card',
            'models', 'one_model', 'checked', 'generate', 'abort_request', 'flush_cache', 'health', 'sign_of_life',
-           'health_generate', 'model_info', 'server_info', 'load', 'no_route', 'make_app']
+           'health_generate', 'model_info', 'server_info', 'load', 'metrics', 'no_route', 'make_app']
 
-# %% ../../nbs/40_server.ipynb #9d182183
+# %% ../../nbs/40_server.ipynb #fb8b5bb1
 """HTTP: bodies in, JSON and server-sent events out. Nothing a client sends makes it fail; nobody who left is served."""
 
 import asyncio
@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
 from .engine import collect, make_inputs, stream
+from .metrics import CONTENT_TYPE, Metrics, log_request
 from tpu_mini_sglang.entrypoints.openai import (
     Call,
     drop_unsupported,
@@ -415,7 +416,7 @@ async def health_generate(request: Request) -> Response:
         raise RequestError("no token within 20 s", 503, code="server_error") from None
     return json_response({"status": "ok"})
 
-# %% ../../nbs/40_server.ipynb #251d1d3b
+# %% ../../nbs/40_server.ipynb #79bcfb44
 async def model_info(request: Request) -> Response:
     """GET /model_info, also under its older name /get_model_info."""
     state = request.app.state
@@ -442,7 +443,17 @@ async def load(request: Request) -> Response:
         [{"dp_rank": 0, "num_reqs": waiting + running, "num_waiting_reqs": waiting, "num_tokens": tokens}]
     )
 
-# %% ../../nbs/40_server.ipynb #c086dcab
+# %% ../../nbs/40_server.ipynb #d83c87e7
+async def metrics(request: Request) -> Response:
+    """GET /metrics, for Prometheus."""
+    state = request.app.state
+    try:
+        stats = (await state.manager.control(StatsReq(rid=""))).data
+    except RequestError:
+        stats = {}
+    return Response(state.metrics.scrape(stats), media_type=CONTENT_TYPE)
+
+# %% ../../nbs/40_server.ipynb #308c496d
 ROUTES: dict[str, tuple[str, Handler]] = {
     "/v1/chat/completions": ("POST", chat_completions),
     "/v1/completions": ("POST", completions),
@@ -458,9 +469,10 @@ ROUTES: dict[str, tuple[str, Handler]] = {
     "/server_info": ("GET", server_info),
     "/get_server_info": ("GET", server_info),
     "/get_load": ("GET", load),
+    "/metrics": ("GET", metrics),
 }
 
-# %% ../../nbs/40_server.ipynb #5814c910
+# %% ../../nbs/40_server.ipynb #05026f49
 async def no_route(request: Request, error: Exception) -> Response:
     """404 and 405 in the same clothes as every other error."""
     status = error.status_code if isinstance(error, HTTPException) else 500
@@ -476,6 +488,8 @@ def make_app(
     app = FastAPI(title="tpu-mini-sglang", version=__version__, openapi_url=None)
     app.state.manager, app.state.args = manager, args
     app.state.model = args.served_model_name or args.model_path or "default"
+    app.state.metrics = Metrics(app.state.model, args.page_size)
+    manager.listeners = [app.state.metrics, log_request]
     for path, (method, handler) in ROUTES.items():
         app.add_api_route(path, guarded(handler), methods=[method], response_model=None)
     app.add_exception_handler(HTTPException, no_route)

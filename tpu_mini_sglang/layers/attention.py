@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['llama3_scaling', 'rope_frequencies', 'apply_rope', 'attend_padded', 'write_and_attend', 'Attention']
 
-# %% ../../nbs/11b_attention.ipynb #c2b4f19a
+# %% ../../nbs/11b_attention.ipynb #ec803bd5
 """Rotary positions and the attention layer over a paged cache."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -95,7 +96,7 @@ def write_and_attend(
     out, pages = attend_padded(scaled_q, k / k_scale, v / v_scale, kv_pages.pages, batch, backend, **rule)
     return (out * jnp.repeat(v_scale, group, axis=0)).astype(q.dtype), ScaledPages(pages, kv_pages.scales)
 
-# %% ../../nbs/11b_attention.ipynb #7f13b9c7
+# %% ../../nbs/11b_attention.ipynb #d9f2bc10
 class Attention(nnx.Module):
     """Grouped-query attention over the pages of one layer; what differs between families comes from the config."""
 
@@ -109,10 +110,11 @@ class Attention(nnx.Module):
     ) -> None:
         hidden, dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
         q_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
-        self.q_proj = Linear(hidden, q_size, axes=("embed", "heads"), bias=bias, rngs=rngs, dtype=dtype)
-        self.k_proj = Linear(hidden, kv_size, axes=("embed", "kv_heads"), bias=bias, rngs=rngs, dtype=dtype)
-        self.v_proj = Linear(hidden, kv_size, axes=("embed", "kv_heads"), bias=bias, rngs=rngs, dtype=dtype)
-        self.o_proj = Linear(q_size, hidden, axes=("heads", "embed"), bias=config.o_bias, rngs=rngs, dtype=dtype)
+        new = partial(Linear, int8=config.quantization == "int8", rngs=rngs, dtype=dtype)
+        self.q_proj = new(hidden, q_size, axes=("embed", "heads"), bias=bias)
+        self.k_proj = new(hidden, kv_size, axes=("embed", "kv_heads"), bias=bias)
+        self.v_proj = new(hidden, kv_size, axes=("embed", "kv_heads"), bias=bias)
+        self.o_proj = new(q_size, hidden, axes=("heads", "embed"), bias=config.o_bias)
         norm = config.qk_norm
         self.q_norm = RMSNorm(dim, axis="head_dim", eps=config.rms_norm_eps, dtype=dtype) if norm else None
         self.k_norm = RMSNorm(dim, axis="head_dim", eps=config.rms_norm_eps, dtype=dtype) if norm else None

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['new_param', 'RMSNorm', 'matmul', 'Linear', 'GatedMLP', 'Embedding']
 
-# %% ../../nbs/11_layers.ipynb #8d57b4e0
+# %% ../../nbs/11_layers.ipynb #cd94ade7
 """The layers that look at one token at a time: linear maps, RMS norm, the gated MLP and the embedding."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def matmul(
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     return lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
 
-# %% ../../nbs/11_layers.ipynb #63e63f5f
+# %% ../../nbs/11_layers.ipynb #b98c4099
 class Linear(nnx.Module):
     """`x @ kernel + bias`, summed in float32, returned in the dtype of x."""
 
@@ -68,23 +70,37 @@ class Linear(nnx.Module):
         *,
         axes: tuple[str, str],  # logical names of the kernel's axes
         bias: bool = False,  # whether a bias is added
+        int8: bool = False,  # eight bits a weight and a scale for each output; the loader fills them (chapter 13)
         rngs: nnx.Rngs,  # random keys
         dtype: jax.typing.DTypeLike,  # parameter dtype
     ) -> None:
-        self.kernel = new_param(rngs, (in_features, out_features), axes, dtype)
+        self.kernel = new_param(rngs, (in_features, out_features), axes, jnp.int8 if int8 else dtype)
+        self.kernel_scale = new_param(rngs, (out_features,), axes[1:], jnp.float32) if int8 else None
         self.bias = new_param(rngs, (out_features,), axes[1:], dtype) if bias else None
+
+    def product(
+        self,
+        x: jax.Array,  # [..., in] activations
+    ) -> jax.Array:
+        """`x @ kernel`, [..., out] float32."""
+        kernel = self.kernel[...]
+        if self.kernel_scale is None:
+            return matmul(x, kernel)
+        if jax.default_backend() == "cpu":  # or it widens the kernels of all layers at once, before any is needed
+            x, kernel = lax.optimization_barrier((x, kernel))
+        return matmul(x, kernel.astype(x.dtype)) * self.kernel_scale[...]
 
     def __call__(
         self,
         x: jax.Array,  # [..., in] activations
     ) -> jax.Array:
         """The mapped activations, [..., out]."""
-        y = matmul(x, self.kernel[...])
+        y = self.product(x)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)
 
-# %% ../../nbs/11_layers.ipynb #486a8b51
+# %% ../../nbs/11_layers.ipynb #f2552fb4
 class GatedMLP(nnx.Module):
     """SwiGLU (Shazeer 2020): `down(silu(gate(x)) * up(x))`."""
 
@@ -94,12 +110,13 @@ class GatedMLP(nnx.Module):
         ffn: int,  # F
         *,
         bias: bool = False,  # whether the three maps have one
+        int8: bool = False,  # whether their weights have eight bits
         rngs: nnx.Rngs,  # random keys
         dtype: jax.typing.DTypeLike,  # parameter dtype
     ) -> None:
-        self.gate_proj = Linear(hidden, ffn, axes=("embed", "mlp"), bias=bias, rngs=rngs, dtype=dtype)
-        self.up_proj = Linear(hidden, ffn, axes=("embed", "mlp"), bias=bias, rngs=rngs, dtype=dtype)
-        self.down_proj = Linear(ffn, hidden, axes=("mlp", "embed"), bias=bias, rngs=rngs, dtype=dtype)
+        new = partial(Linear, bias=bias, int8=int8, rngs=rngs, dtype=dtype)
+        self.gate_proj, self.up_proj = (new(hidden, ffn, axes=("embed", "mlp")) for _ in range(2))
+        self.down_proj = new(ffn, hidden, axes=("mlp", "embed"))
 
     def __call__(
         self,

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'MARGIN', 'CALIBRATION', 'OWN', 'has_sixteen_bit', 'choose_dtype', 'device_memory',
-           'choose_kv_dtype', 'choose_num_pages', 'choose_backend', 'check_supported', 'choose_buckets', 'calibrate',
-           'enable_compile_cache', 'agree', 'build_runner', 'limits_of', 'join_and_build', 'build_scheduler',
-           'run_follower']
+           'choose_kv_dtype', 'kv_budget', 'choose_num_pages', 'choose_backend', 'check_supported', 'choose_buckets',
+           'calibrate', 'enable_compile_cache', 'agree', 'build_runner', 'limits_of', 'join_and_build',
+           'build_scheduler', 'run_follower']
 
-# %% ../../nbs/30b_startup.ipynb #acc48dfe
+# %% ../../nbs/30b_startup.ipynb #64c0638a
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
 
 import os
@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..kernels.attention import AttentionBatch, Pages, from_pages
 from ..kernels.kv_write import pallas_refusal
 from .scheduler import Limits, Scheduler
-from ..mem_cache.pool import init_kv_cache, pages_for, pages_in_budget, token_bytes
+from ..mem_cache.pool import PoolError, init_kv_cache, pages_for, pages_in_budget, token_bytes
 from ..model_config import ConfigError, ModelConfig
 from ..model_executor.devices import check_kernels, choose_tp, find_devices
 from ..model_executor.hosts import Group, check_same, follow, join, lead, smallest
@@ -35,7 +35,7 @@ from ..models.decoder import DecoderLM
 from ..models.hub import default_cache, load_model_config, open_checkpoint, resolve_model
 from ..models.weights import load_model
 from ..server_args import KV_DTYPES, ServerArgs
-from ..sharding import check_tp, make_mesh, replicate_kv_heads
+from ..sharding import fit_to_devices, make_mesh
 from ..tokenizer import load_tokenizer
 
 # %% ../../nbs/30b_startup.ipynb #342e2486
@@ -76,7 +76,16 @@ def choose_kv_dtype(
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype} does not go with --dtype {config.dtype}; use auto")
     return wanted
 
-# %% ../../nbs/30b_startup.ipynb #05666ede
+# %% ../../nbs/30b_startup.ipynb #dc6720c0
+def kv_budget(
+    args: ServerArgs,
+    config: ModelConfig,
+    memory: int,  # bytes of a device
+) -> int:
+    """Bytes of it for pages: the server's share, less the weights. 0 or less where these are too large."""
+    return int(memory * args.mem_fraction_static) - config.weight_bytes(args.tp_size or 1)
+
+# %% ../../nbs/30b_startup.ipynb #f23303b6
 CPU_CACHE_BYTES = 1 << 30  # a CPU's memory is everybody's: take no more of it unasked
 
 
@@ -89,14 +98,19 @@ def choose_num_pages(
     """Pages that fit beside the weights, but no more than all running requests could fill."""
     if args.max_total_tokens is not None:
         return args.max_total_tokens // args.page_size
-    tp = args.tp_size or 1
-    weights = config.weight_bytes() // tp
-    budget = int(device_memory(device) * args.mem_fraction_static) - weights
+    tp, memory = args.tp_size or 1, device_memory(device)
+    budget = kv_budget(args, config, memory)
     if device.platform == "cpu":
         budget = min(budget, CPU_CACHE_BYTES)
     number = jnp.dtype(choose_kv_dtype(args, config)).itemsize
-    pages = pages_in_budget(config, budget, args.page_size, number, tp, backend)
-    return min(pages, args.max_running_requests * -(-config.context_len // args.page_size))
+    try:
+        pages = pages_in_budget(config, budget, args.page_size, number, tp, backend)
+    except PoolError:
+        raise ConfigError(
+            f"{config.weight_bytes(tp) / 2**30:.1f} GiB of weights leave no room for KV pages in --mem-fraction-static "
+            f"{args.mem_fraction_static} of the device's {memory / 2**30:.1f} GiB; see `tpu-mini-sglang plan`"
+        ) from None
+    return min(pages, args.max_running_requests * pages_for(config.context_len, args.page_size))
 
 # %% ../../nbs/30b_startup.ipynb #31c0394c
 def choose_backend(
@@ -138,7 +152,7 @@ def choose_buckets(
     lone_row = 2 if platform == "cpu" and config.dtype == "bfloat16" else 1
     return Buckets(args.chunked_prefill_size, args.max_running_requests, lone_row)
 
-# %% ../../nbs/30b_startup.ipynb #4153e189
+# %% ../../nbs/30b_startup.ipynb #d0ef02ba
 MARGIN = 1.25  # how far beyond the calibration's largest number the scale reaches
 
 
@@ -183,7 +197,7 @@ def enable_compile_cache(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# %% ../../nbs/30b_startup.ipynb #f28975f7
+# %% ../../nbs/30b_startup.ipynb #7d4978b9
 OWN = set(
     "model_path served_model_name download_dir chat_template host port api_key max_body_bytes max_queued_requests "
     "log_level node_rank dist_init_addr dist_timeout random_seed compilation_cache_dir".split()
@@ -203,12 +217,12 @@ def agree(
     check_same(told | {"model": asdict(config)})
     if num_used != jax.device_count():
         raise ConfigError(
-            f"--nnodes {args.nnodes} has {jax.device_count()} devices in all, and the model is split over {num_used}; "
-            f"several hosts need --tp-size {jax.device_count()}"
+            f"--nnodes {args.nnodes} has {jax.device_count()} devices in all, of which the flags use {num_used}; "
+            f"several hosts need --tp-size times --dp-size to be {jax.device_count()}"
         )
     return smallest(num_pages)
 
-# %% ../../nbs/30b_startup.ipynb #24a66140
+# %% ../../nbs/30b_startup.ipynb #719c3a8a
 def build_runner(
     args: ServerArgs,
     path: Path,  # a checkpoint directory or a .gguf file
@@ -217,12 +231,12 @@ def build_runner(
     """Weights on their devices, pages beside them, nothing compiled yet."""
     devices, device = find_devices(), jax.local_devices()[0]
     dtype = choose_dtype(args.dtype, device.platform, has_sixteen_bit())
-    config = load_model_config(path, dtype, args.context_length)
+    config = replace(load_model_config(path, dtype, args.context_length), quantization=args.quantization)
     args = replace(args, tp_size=choose_tp(args.tp_size, config, devices, args.dp_size))
     mesh = make_mesh(args.tp_size or 1, args.dp_size)
-    check_tp(config, mesh.shape["tensor"])
-    size = f"{config.num_params() / 1e6:.0f}M weights in {config.dtype}"
-    config = replicate_kv_heads(config, mesh.shape["tensor"])
+    kinds = config.dtype + (f", linear maps in {config.quantization}" if config.quantization else "")
+    size = f"{config.num_params() / 1e6:.0f}M weights in {kinds}"
+    config = fit_to_devices(config, mesh.shape["tensor"])
     backend, kv_dtype = choose_backend(args.attention_backend, device.platform), choose_kv_dtype(args, config)
     num_pages = agree(args, config, choose_num_pages(args, config, device, backend), mesh.size)
     report(f"{config.architecture}, {size} on {mesh.size} of {len(devices)} {device.device_kind} device(s)")
@@ -239,7 +253,7 @@ def build_runner(
     buckets = choose_buckets(args, config, device.platform)
     return ModelRunner(model, config, mesh, num_pages, args.page_size, buckets, backend, kv_dtype, scales)
 
-# %% ../../nbs/30b_startup.ipynb #1d808449
+# %% ../../nbs/30b_startup.ipynb #26404672
 def limits_of(
     args: ServerArgs,
     runner: ModelRunner,
@@ -253,6 +267,7 @@ def limits_of(
         max_running=args.max_running_requests,
         policy=args.schedule_policy,
         cache_enabled=not args.disable_radix_cache,
+        overlap=not args.disable_overlap_schedule,
     )
 
 # %% ../../nbs/30b_startup.ipynb #6c72d2f8

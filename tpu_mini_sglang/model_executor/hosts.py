@@ -226,7 +226,7 @@ def smallest(
     """The smallest of everybody's numbers: the pages that fit everywhere, for one."""
     return int(multihost_utils.process_allgather(np.array(number)).min())
 
-# %% ../../nbs/22b_hosts.ipynb #1fb7e539
+# %% ../../nbs/22b_hosts.ipynb #16d1c60b
 def lead(
     group: Group,
     runner: ModelRunner,
@@ -248,8 +248,11 @@ def follow(
     runner: ModelRunner,
 ) -> NoReturn:
     """Run every step that node 0 announces, until this process ends with it."""
-    buckets = runner.buckets.all()
+    buckets, before = runner.buckets.all(), None
     while True:
         data = group.inbox.get()
         bucket = buckets[int.from_bytes(data[:4], "little")]
-        runner.execute(unpack(data, runner.empty(bucket)), bucket)
+        step = runner.execute(unpack(data, runner.empty(bucket)), bucket)
+        if before is not None:
+            runner.read(before)  # only to end this process if that step failed
+        before = step

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['ModuleList', 'DecoderLayer', 'run_layer', 'DecoderLM', 'abstract_model']
 
-# %% ../../nbs/12_models.ipynb #bc349db7
+# %% ../../nbs/12_models.ipynb #a4dbd60a
 """One decoder-only transformer; Llama, Mistral, Qwen2 and Qwen3 are flags of its config."""
 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..kernels.attention import AttentionBatch, Pages
 from ..layers.attention import Attention
-from ..layers.basic import Embedding, GatedMLP, Linear, RMSNorm, matmul
+from ..layers.basic import Embedding, GatedMLP, Linear, RMSNorm
 from ..model_config import ModelConfig
 
-# %% ../../nbs/12_models.ipynb #57b9472a
+# %% ../../nbs/12_models.ipynb #fc64010a
 class DecoderLayer(nnx.Module):
     """Attention, then the MLP, each behind a norm and added to what came in."""
 
@@ -34,7 +35,8 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
         self.self_attn = Attention(config, layer, rngs=rngs, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps, dtype=dtype)
-        self.mlp = GatedMLP(hidden, config.intermediate_size, bias=config.mlp_bias, rngs=rngs, dtype=dtype)
+        int8 = config.quantization == "int8"
+        self.mlp = GatedMLP(hidden, config.intermediate_size, bias=config.mlp_bias, int8=int8, rngs=rngs, dtype=dtype)
 
     def __call__(
         self,
@@ -61,7 +63,7 @@ def run_layer(
     """One layer as a traced function that equal layers share."""
     return nnx.merge(graph, weights)(x, kv_pages, batch, backend)
 
-# %% ../../nbs/12_models.ipynb #4374a323
+# %% ../../nbs/12_models.ipynb #1b73c186
 # flax 0.12 wants submodules in an nnx.List; flax 0.11 has only the plain list
 ModuleList = getattr(nnx, "List", list)
 
@@ -76,12 +78,12 @@ class DecoderLM(nnx.Module):
         rngs: nnx.Rngs,  # random keys
         dtype: jax.typing.DTypeLike,  # parameter dtype
     ) -> None:
-        vocab, hidden = config.vocab_size, config.hidden_size
+        vocab, hidden = config.vocab_rows, config.hidden_size
         self.embed_tokens = Embedding(vocab, hidden, rngs=rngs, dtype=dtype)
         self.layers = ModuleList([DecoderLayer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)])
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
-        untied = not config.tie_word_embeddings
-        self.lm_head = Linear(hidden, vocab, axes=("embed", "vocab"), rngs=rngs, dtype=dtype) if untied else None
+        head = partial(Linear, int8=config.quantization == "int8", rngs=rngs, dtype=dtype)
+        self.lm_head = None if config.tie_word_embeddings else head(hidden, vocab, axes=("embed", "vocab"))
         self.config = config
 
     def __call__(
@@ -102,10 +104,12 @@ class DecoderLM(nnx.Module):
         self,
         hidden: jax.Array,  # [N, H] the rows to score, usually the last token of each sequence
     ) -> jax.Array:
-        """The score of every token, [N, V] float32."""
-        if self.lm_head is None:
-            return self.embed_tokens.attend(hidden)
-        return matmul(hidden, self.lm_head.kernel[...])
+        """The score of every token, [N, V] float32; where the vocabulary is padded, -inf for the padding."""
+        head = self.lm_head
+        scores = self.embed_tokens.attend(hidden) if head is None else head.product(hidden)
+        if not self.config.vocab_padding:
+            return scores
+        return jnp.where(jnp.arange(self.config.vocab_rows) < self.config.vocab_size, scores, -jnp.inf)
 
 # %% ../../nbs/12_models.ipynb #c15a6649
 def abstract_model(
