@@ -62,7 +62,8 @@ def measure(tokens=512):
             }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 def test_eight_bits_cost_little():
     """The likeliest next token stays nine times in ten, and the text becomes hardly less likely."""
     rows = {(r["text"], r["kv_cache_dtype"]): r for r in measure(256)}

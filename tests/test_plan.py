@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tpu_mini_sglang.tpu.plan import CHILD_ENV, GENERATIONS, GIB
@@ -60,7 +61,10 @@ def test_two_plans_at_once(tmp_path):
     small += [start(tmp_path, SMALL, "--tpu", "v5e-8", "--dp-size", "2", "--context-length", "2048", "--json")]
     one, two = map(end, small)
     check_fits(one, 2, tp=4, dp=1)
-    check_fits(two, 2, tp=4, dp=2)
+    if jax.__version_info__ >= (0, 12):
+        check_fits(two, 2, tp=4, dp=2)
+    else:  # its compiler would abort
+        assert two[0] == 1 and "--dp-size 2 on a TPU needs jax 0.12" in two[2]
 
 
 @needs_libtpu
@@ -101,7 +105,7 @@ def test_the_compiler_s_own_memory_and_devices():
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     told = {name: (int(count), float(size)) for name, count, size in map(str.split, done.stdout.splitlines())}
     table = {gen.name: (min(gen.grids), gen.hbm_bytes / GIB) for gen in GENERATIONS.values()}
-    assert told == {name: (count, pytest.approx(size, abs=0.01)) for name, (count, size) in table.items()}, done.stderr
+    assert told == {name: (count, pytest.approx(size, abs=0.02)) for name, (count, size) in table.items()}, done.stderr
 
 
 @pytest.mark.slow

@@ -40,7 +40,8 @@ def measure(tokens=512):
         }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 def test_eight_bit_weights_cost_little():
     """The likeliest next token stays in all but a few places, and the text becomes hardly less likely."""
     for row in measure(256):

@@ -981,6 +981,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'tpu_mini_sglang/managers/startup.py'),
                                                   'tpu_mini_sglang.managers.startup.calibrate': ( 'startup.html#calibrate',
                                                                                                   'tpu_mini_sglang/managers/startup.py'),
+                                                  'tpu_mini_sglang.managers.startup.check_groups': ( 'startup.html#check_groups',
+                                                                                                     'tpu_mini_sglang/managers/startup.py'),
                                                   'tpu_mini_sglang.managers.startup.check_supported': ( 'startup.html#check_supported',
                                                                                                         'tpu_mini_sglang/managers/startup.py'),
                                                   'tpu_mini_sglang.managers.startup.choose_backend': ( 'startup.html#choose_backend',

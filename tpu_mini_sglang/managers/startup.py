@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'MARGIN', 'CALIBRATION', 'OWN', 'has_sixteen_bit', 'choose_dtype', 'device_memory',
-           'choose_kv_dtype', 'kv_budget', 'choose_num_pages', 'choose_backend', 'check_supported', 'choose_buckets',
-           'calibrate', 'enable_compile_cache', 'agree', 'build_runner', 'limits_of', 'join_and_build',
-           'build_scheduler', 'run_follower']
+           'choose_kv_dtype', 'kv_budget', 'choose_num_pages', 'choose_backend', 'check_supported', 'check_groups',
+           'choose_buckets', 'calibrate', 'enable_compile_cache', 'agree', 'build_runner', 'limits_of',
+           'join_and_build', 'build_scheduler', 'run_follower']
 
 # %% ../../nbs/30b_startup.ipynb #64c0638a
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
@@ -142,6 +142,17 @@ def check_supported(
     if why_not:
         raise ConfigError(f"the attention kernels can't run this: {why_not}; or --attention-backend xla, without them")
 
+# %% ../../nbs/30b_startup.ipynb #72ea62c4
+def check_groups(
+    args: ServerArgs,
+    platform: str,  # "cpu", "gpu" or "tpu"
+    jax_version: tuple[int, ...] = jax.__version_info__,
+) -> None:
+    """Raises ConfigError where the compiler is known to fail over groups of devices."""
+    if platform == "tpu" and args.dp_size > 1 and jax_version < (0, 12):
+        version = ".".join(map(str, jax_version[:3]))
+        raise ConfigError(f"--dp-size {args.dp_size} on a TPU needs jax 0.12 or newer; this is {version}")
+
 # %% ../../nbs/30b_startup.ipynb #fe8d5918
 def choose_buckets(
     args: ServerArgs,
@@ -222,7 +233,7 @@ def agree(
         )
     return smallest(num_pages)
 
-# %% ../../nbs/30b_startup.ipynb #719c3a8a
+# %% ../../nbs/30b_startup.ipynb #5b0e8262
 def build_runner(
     args: ServerArgs,
     path: Path,  # a checkpoint directory or a .gguf file
@@ -233,6 +244,7 @@ def build_runner(
     dtype = choose_dtype(args.dtype, device.platform, has_sixteen_bit())
     config = replace(load_model_config(path, dtype, args.context_length), quantization=args.quantization)
     args = replace(args, tp_size=choose_tp(args.tp_size, config, devices, args.dp_size))
+    check_groups(args, device.platform)
     mesh = make_mesh(args.tp_size or 1, args.dp_size)
     kinds = config.dtype + (f", linear maps in {config.quantization}" if config.quantization else "")
     size = f"{config.num_params() / 1e6:.0f}M weights in {kinds}"

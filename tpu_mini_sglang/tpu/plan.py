@@ -12,7 +12,7 @@ __all__ = ['FLAT', 'SOLID', 'HALVES', 'DOCS', 'MEGACORE', 'GIB', 'GENERATIONS', 
            'step_limits', 'Plan', 'make_plan', 'memory_lines', 'collective_lines', 'limit_lines', 'verdict_lines',
            'read_model', 'prepare', 'note', 'run']
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #28847302
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #2cbb669d
 """What a TPU would need and could do at best, from the compiler's figures: no TPU, no weights."""
 
 import argparse
@@ -44,7 +44,14 @@ from ..cli import PLAN_FIELDS
 from ..kernels.attention import ScaledPages
 from ..kernels.kv_write import stored_head_dim
 from ..launch_server import die_with_parent
-from ..managers.startup import check_supported, choose_backend, choose_buckets, choose_kv_dtype, kv_budget
+from tpu_mini_sglang.managers.startup import (
+    check_groups,
+    check_supported,
+    choose_backend,
+    choose_buckets,
+    choose_kv_dtype,
+    kv_budget,
+)
 from ..mem_cache.pool import TOKEN_ID_BYTES, KVCache, PoolError, pages_for, pages_in_budget, token_bytes
 from ..model_config import CheckpointError, ConfigError, ModelConfig, RopeScaling
 from ..model_executor.model_runner import Bucket, forward_step, make_forward_batch, on_each_shard
@@ -747,7 +754,7 @@ def prepare(
         check_supported(args, fitted, min(room, pages_asked(args)) or pages_asked(args))
     return config, where, args
 
-# %% ../../nbs/50_tpu_without_a_tpu.ipynb #11f75eb8
+# %% ../../nbs/50_tpu_without_a_tpu.ipynb #20e2744e
 def note(
     line: str,  # of progress, or an error
 ) -> None:
@@ -769,6 +776,7 @@ def run(
         records: list[dict[str, Any]] = []
         if need(config, where, args).over <= 0:  # what is too large already needs no compiler
             check_compiler()
+            check_groups(args, "tpu")
             records = run_child(Job(config, where.name, args, largest_steps(args, config)), note, ns.timeout)
         plan = make_plan(config, where, args, records)
     except (ConfigError, CheckpointError, PlanError) as error:
