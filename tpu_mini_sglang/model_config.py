@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPE_BYTES', 'SIZES', 'ROPE_KINDS', 'FAMILIES', 'EXPERT_KEYS', 'ConfigError', 'CheckpointError', 'RopeScaling',
            'ModelShape', 'ModelCost', 'check_config', 'ModelConfig', 'read_field', 'read_rope', 'read_rope_scaling',
-           'read_windows', 'llama', 'mistral', 'qwen2', 'qwen3', 'refuse_unsupported', 'read_tokens', 'config_fields',
-           'kv_token_budget']
+           'read_windows', 'llama', 'mistral', 'qwen2', 'qwen3', 'only_the_cache', 'refuse_unsupported', 'read_tokens',
+           'config_fields', 'kv_token_budget']
 
 # %% ../nbs/00_config.ipynb #a38cdd3b
 """What the engine must know of a model before it reads one weight. Standard library only."""
@@ -313,7 +313,21 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "Qwen3ForCausalLM": qwen3,
 }
 
-# %% ../nbs/00_config.ipynb #b5523e8c
+# %% ../nbs/00_config.ipynb #3647ae66
+def only_the_cache(
+    method: Any,  # of config.json
+) -> bool:
+    """Whether a quantization_config is about a KV cache in float8 alone: its weights are plain."""
+    if (
+        not isinstance(method, dict)
+        or method.get("quant_method") != "compressed-tensors"
+        or method.get("config_groups")
+    ):
+        return False
+    scheme = method.get("kv_cache_scheme")
+    return isinstance(scheme, dict) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+
+
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -326,7 +340,7 @@ def refuse_unsupported(
         raise ConfigError(f"config.json: architectures = {names} is not supported; known: {', '.join(FAMILIES)}")
     if (act := hf.get("hidden_act") or "silu") != "silu":
         raise ConfigError(f"config.json: hidden_act = {act!r} is not supported, only 'silu'")
-    if method := hf.get("quantization_config"):
+    if (method := hf.get("quantization_config")) and not only_the_cache(method):
         raise ConfigError(f"config.json: quantization_config = {method!r} is not supported; use the plain checkpoint")
     for key in EXPERT_KEYS:
         if hf.get(key):

@@ -8,7 +8,7 @@ __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'MARGIN', 'CALIBRATION', 'OWN', 'ha
            'choose_buckets', 'calibrate', 'enable_compile_cache', 'agree', 'build_runner', 'limits_of',
            'join_and_build', 'build_scheduler', 'run_follower']
 
-# %% ../../nbs/30b_startup.ipynb #64c0638a
+# %% ../../nbs/30b_startup.ipynb #bf7e36a1
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
 
 import os
@@ -33,7 +33,7 @@ from ..model_executor.hosts import Group, check_same, follow, join, lead, smalle
 from ..model_executor.model_runner import Buckets, ModelRunner
 from ..models.decoder import DecoderLM
 from ..models.hub import default_cache, load_model_config, open_checkpoint, resolve_model
-from ..models.weights import load_model
+from ..models.weights import load_model, stored_kv_scales
 from ..server_args import KV_DTYPES, ServerArgs
 from ..sharding import fit_to_devices, make_mesh
 from ..tokenizer import load_tokenizer
@@ -233,7 +233,7 @@ def agree(
         )
     return smallest(num_pages)
 
-# %% ../../nbs/30b_startup.ipynb #5b0e8262
+# %% ../../nbs/30b_startup.ipynb #f9ca0cfb
 def build_runner(
     args: ServerArgs,
     path: Path,  # a checkpoint directory or a .gguf file
@@ -255,11 +255,12 @@ def build_runner(
     if backend == "pallas":
         check_supported(args, config, num_pages)
     report(check_kernels(config, args.page_size, mesh, backend, kv_dtype))
-    model = load_model(config, open_checkpoint(path), mesh)
+    checkpoint = open_checkpoint(path)
+    model = load_model(config, checkpoint, mesh)
     pages = f"{num_pages} pages" if args.dp_size == 1 else f"{args.dp_size} times {num_pages} pages"
     kib = token_bytes(config, jnp.dtype(kv_dtype).itemsize, backend=backend) / 1024
     report(f"KV cache: {pages} of {args.page_size} tokens in {kv_dtype}, {kib:.1f} KiB a token")
-    scales = None
+    scales = stored_kv_scales(checkpoint, config) if kv_dtype == "float8_e4m3fn" else None
     if kv_dtype == "int8":
         scales = calibrate(model, config, mesh, load_tokenizer(path).encode(CALIBRATION))
     buckets = choose_buckets(args, config, device.platform)
