@@ -586,6 +586,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'tpu_mini_sglang/kernels/ragged_prefill.py'),
                                                         'tpu_mini_sglang.kernels.ragged_prefill.ragged_prefill': ( 'ragged.html#ragged_prefill',
                                                                                                                    'tpu_mini_sglang/kernels/ragged_prefill.py'),
+                                                        'tpu_mini_sglang.kernels.ragged_prefill.scratch_bytes': ( 'ragged.html#scratch_bytes',
+                                                                                                                  'tpu_mini_sglang/kernels/ragged_prefill.py'),
                                                         'tpu_mini_sglang.kernels.ragged_prefill.scratch_shapes': ( 'ragged.html#scratch_shapes',
                                                                                                                    'tpu_mini_sglang/kernels/ragged_prefill.py'),
                                                         'tpu_mini_sglang.kernels.ragged_prefill.spread': ( 'ragged.html#spread',

@@ -2,11 +2,13 @@
 
 # %% auto #0
 __all__ = ['State', 'TILE_TOKENS', 'TILE_BYTES', 'Blocks', 'query_blocks', 'spread', 'attend_block', 'attend_heads',
-           'ragged_kernel', 'tile_slots', 'scratch_shapes', 'ragged_prefill', 'Kernels', 'attention_kernels']
+           'ragged_kernel', 'tile_slots', 'scratch_shapes', 'ragged_prefill', 'scratch_bytes', 'Kernels',
+           'attention_kernels']
 
-# %% ../../nbs/10c_ragged.ipynb #b27dc14c
+# %% ../../nbs/10c_ragged.ipynb #f8a4b223
 """Ragged prefill attention as a Pallas TPU kernel: blocks of queries over their row's own pages."""
 
+import math
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple, TypedDict
@@ -249,6 +251,21 @@ def ragged_prefill(
     out = call(*blocks, batch.page_table, padded, kv_pages)[:tokens, :, zeros:]
     ours = jnp.pad(batch.q_lens > 1, (0, 1))[batch.token_rows(tokens)]
     return jnp.where(ours[:, None, None], out, 0).astype(q.dtype)
+
+# %% ../../nbs/10c_ragged.ipynb #85858c9a
+def scratch_bytes(
+    q_block: int,  # queries a block holds for each head
+    q_heads: int,  # Q, query heads
+    kv_pages: jax.Array | jax.ShapeDtypeStruct,  # [P, K, S, 2*D] the pool
+    dtype: jnp.dtype,  # of the queries
+) -> int:
+    """Bytes of VMEM that the kernel's scratch memory takes, registers counted whole."""
+    total = 0
+    for memory in jax.tree.leaves(scratch_shapes(q_block, q_heads, kv_pages, dtype)):
+        if len(shape := getattr(memory, "shape", ())) > 2:  # not a semaphore
+            (*lead, rows, lanes), size = shape, jnp.dtype(memory.dtype).itemsize
+            total += math.prod(lead) * -(-rows * size // 32) * 32 * -(-lanes // LANES) * LANES
+    return total
 
 # %% ../../nbs/10c_ragged.ipynb #2e19f7d0
 class Kernels(TypedDict, total=False):

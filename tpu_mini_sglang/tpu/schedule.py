@@ -125,7 +125,7 @@ def decode_twin(
     shapes = [(q, jnp.bfloat16), (pool, jnp.bfloat16), (table, jnp.int32), (lens, jnp.int32)]
     return partial(getattr(paged_decode, name), scale=case.dim**-0.5), shapes
 
-# %% ../../nbs/50b_schedule.ipynb #c6f65223
+# %% ../../nbs/50b_schedule.ipynb #2cd2b73c
 def prefill_twin(
     case: Case,
     stack: ExitStack,  # undoes the replacements
@@ -303,7 +303,7 @@ def read_dump(
     )
     return Estimate(case, cycles, read_loops(listing.read_text(), table.read_text()))
 
-# %% ../../nbs/50b_schedule.ipynb #d89a0518
+# %% ../../nbs/50b_schedule.ipynb #78eff7fa
 def all_cases() -> list[Case]:
     """Every case of the committed table: from naive to good, for two generations and two head sizes."""
     cases = [Case(g, "matmul", side) for g in CLOCK for side in (512, 128)]
@@ -312,11 +312,13 @@ def all_cases() -> list[Case]:
             cases += [Case(gen, "page_per_step", dim, rows=8)]  # 4,096 steps; more take the estimator too long
             cases += [Case(gen, k, dim, tile_bytes=1 << 19) for k in ("one_slot", "double_buffer")]
             cases += [Case(gen, kernel, dim) for kernel in ("one_slot", "double_buffer")]
-        loads = [(1, 2048, 2048), (4, 512, 512), (1, 4608, 512)]  # rows, tokens of each, asking
-        cases += [Case(gen, "prefill", 128, *load) for load in loads]
+        cases += [Case(gen, "double_buffer", length=length) for length in (100, 1000)]  # no multiple of a page
+        loads = [(1, 2048, 2048), (1, 4608, 512), (4, 512, 512)]  # rows, tokens of each, asking
+        cases += [Case(gen, "prefill", dim, *load) for dim in (128, 64) for load in loads]
+        cases += [Case(gen, "prefill", 128, *loads[0], **other) for other in ({"q_block": 128}, {"tile_tokens": 128})]
     return cases
 
-# %% ../../nbs/50b_schedule.ipynb #7432c434
+# %% ../../nbs/50b_schedule.ipynb #136ea681
 def say_and_estimate(
     case: Case,
 ) -> Estimate:
