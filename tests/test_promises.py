@@ -1,5 +1,6 @@
 """The engine's promise on a real (tiny, random) model: a request's tokens depend on nothing but the request."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -8,8 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from tpu_mini_sglang.entrypoints.engine import Engine, Parts
+from tpu_mini_sglang.managers.detokenizer_manager import toy_tokenizer
 from tpu_mini_sglang.managers.io_struct import AbortReq, GenerateReq
 from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
+from tpu_mini_sglang.managers.tokenizer_manager import Limits as FrontLimits
+from tpu_mini_sglang.managers.tokenizer_manager import RequestError
 from tpu_mini_sglang.model_config import ModelConfig
 from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
 from tpu_mini_sglang.models.decoder import DecoderLM
@@ -129,6 +134,41 @@ def test_aborted_neighbours_change_no_token(runner):
     assert not scheduler.has_work
     for spec in specs[::2]:
         assert got[spec.rid] == alone(runner, spec)
+
+
+def test_salts_share_no_prefix(runner):
+    """The same prompt under three salts, each asked twice: found only under its own, the tokens are the same."""
+    params = SamplingParams(temperature=0.0, max_new_tokens=4, ignore_eos=True)
+    scheduler, prompt = new_scheduler(runner), list(range(1, 30))
+
+    def ask(rid: str, salt: str) -> tuple[list[int], int]:
+        out = scheduler.step([GenerateReq(rid, prompt, params, cache_salt=salt)])
+        while scheduler.has_work:
+            out += scheduler.step([])
+        return out[-1].token_ids, out[-1].cached_tokens
+
+    first, second = ([ask(f"{turn}{salt}", salt) for salt in ("", "ann", "bob")] for turn in "12")
+    assert [cached for _, cached in first] == [0, 0, 0]
+    assert [cached for _, cached in second] == [28, 28, 28]
+    assert len({tuple(tokens) for tokens, _ in first + second}) == 1
+    check_pages(scheduler.state)
+
+
+@pytest.mark.parametrize("phase,status", [("waiting", 503), ("running", 408)])
+def test_a_deadline_reaches_the_caller_and_frees_the_pages(runner, phase, status):
+    """On a clock that ticks whenever somebody looks: who is late hears it, whoever is not gets its tokens."""
+    scheduler, ticks = new_scheduler(runner), itertools.count()
+    scheduler.state.clock = lambda: float(next(ticks))
+    scheduler.state.limits = replace(scheduler.state.limits, **{f"{phase}_timeout": 20.0})
+    prompts, params = [[i + 1, 2, 3] for i in range(ROWS + 2)], {"max_new_tokens": 40, "ignore_eos": True}
+    with Engine(parts=Parts(toy_tokenizer(), FrontLimits(TINY.vocab_size, 128), lambda: scheduler)) as engine:
+        with pytest.raises(RequestError, match=f"{phase} for more than 20 s") as late:
+            engine.generate(input_ids=prompts, sampling_params=params)
+        assert late.value.status == status
+        short = engine.generate(input_ids=prompts[0], sampling_params=params | {"max_new_tokens": 2})
+        assert len(short["output_ids"]) == 2
+        info = engine.get_server_info()
+    assert info["free_pages"] + info["cached_pages"] == info["total_pages"]
 
 
 def test_nothing_compiles_after_warmup(runner):

@@ -32,6 +32,7 @@ FRONT_END = [
     "sampling.sampling_params",
     "managers.io_struct",
     "managers.detokenizer_manager",
+    "managers.template_manager",
     "managers.tokenizer_manager",
     "entrypoints.engine",
     "entrypoints.openai",

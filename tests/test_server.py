@@ -56,13 +56,18 @@ class Server:
         return code
 
 
-def start_toy(port: int = 0, key: str = "") -> Server:
-    return Server([*TOY, str(port), key])
+def start_toy(port: int = 0, key: str = "", **fields: object) -> Server:
+    return Server([*TOY, str(port), key, *(f"{name}={json.dumps(value)}" for name, value in fields.items())])
 
 
 @pytest.fixture(scope="module")
-def toy() -> Iterator[Server]:
-    server = start_toy()
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def toy(traces: Path) -> Iterator[Server]:
+    server = start_toy(profile_dir=str(traces))
     yield server
     assert server.end() == 0, "".join(server.lines)
 
@@ -309,6 +314,22 @@ def test_metrics_and_a_log_line(toy: Server) -> None:
     assert "confidential" not in "".join(toy.lines)
 
 
+def test_a_profile_is_written_where_the_server_was_told(toy: Server, traces: Path) -> None:
+    def post(path: str, body: dict | None = None) -> tuple[int, str]:
+        reply = httpx.post(toy.url + path, json=body, timeout=120)
+        return reply.status_code, reply.text
+
+    for body, word in ({"output_dir": "/"}, "output_dir"), ({"num_steps": 0}, "num_steps"), ({"x": 1}, "unknown"):
+        status, text = post("/start_profile", body)
+        assert status == 400 and word in text
+    assert post("/stop_profile")[0] == 400, "none is running"
+    assert post("/start_profile", {"num_steps": 3})[0] == 200
+    assert post("/generate", {"text": "abc", "sampling_params": {"max_new_tokens": 9}})[0] == 200
+    assert eventually(lambda: list(traces.rglob("*.xplane.pb")) != [])
+    assert post("/stop_profile")[0] == 400, "it has ended by itself"
+    assert post("/start_profile")[0] == 200 and post("/stop_profile")[0] == 200
+
+
 def test_many_clients_get_their_own_answers(toy: Server) -> None:
     def post(i: int) -> httpx.Response:
         return httpx.post(toy.url + "/generate", json={"text": f"[{i}]", "sampling_params": {"max_new_tokens": 40 + i}})
@@ -335,6 +356,34 @@ def test_api_key_and_port() -> None:
         assert (second.returncode, f"--port {port}" in second.stderr) == (1, True)
     finally:
         assert server.end(signal.SIGINT) == 0
+
+
+def test_health_answers_while_a_prompt_of_a_megabyte_is_tokenised(toy: Server) -> None:
+    body = {"text": "word " * 200_000, "sampling_params": {"max_new_tokens": 1}}
+    wait = in_background([lambda: httpx.post(toy.url + "/generate", json=body, timeout=60)])
+    with httpx.Client() as client:
+        waits = [client.get(toy.url + "/health").elapsed.total_seconds() for _ in range(200)]
+    assert [status for status, _ in wait()] == [200]
+    assert max(waits) < 1, f"the slowest of {len(waits)} took {max(waits):.2f} s"
+
+
+def test_a_stalled_step_turns_readiness_off_and_logs_its_stack() -> None:
+    server = start_toy(watchdog_timeout=3)
+    ready = lambda: httpx.get(server.url + "/health_generate", timeout=30)  # noqa: E731
+    try:
+        assert ready().status_code == 200
+        wait = in_background([lambda: httpx.post(server.url + "/generate", json={"text": "stall"}, timeout=30)])
+        assert eventually(lambda: any(line.startswith("Timeout (0:00:03)!") for line in server.lines))
+        time.sleep(0.5)
+        refused = ready()
+        assert refused.status_code == 503 and "nothing heard of the scheduler for 3 s" in refused.text
+        assert refused.elapsed.total_seconds() < 2, "known at once: it asks for no token"
+        assert httpx.get(server.url + "/health").status_code == 200, "alive all the while"
+        assert [status for status, _ in wait()] == [200]
+        assert eventually(lambda: ready().status_code == 200)
+        assert any("toy_server.py" in line and "in step" in line for line in server.lines), "where it hung"
+    finally:
+        assert server.end() == 0
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")

@@ -1,14 +1,19 @@
-"""A server without a model, in three processes: `toy_server.py PORT API_KEY`. It answers each prompt with itself."""
+"""A server without a model, in three processes, that answers each prompt with itself.
 
+`toy_server.py PORT API_KEY [FIELD=VALUE]...`, fields of ServerArgs with values in JSON."""
+
+import json
 import logging
 import sys
 import time
 
 from tpu_mini_sglang.entrypoints.engine import toy_front
-from tpu_mini_sglang.launch_server import Builders, StartError, launch
+from tpu_mini_sglang.launch_server import Builders, Profiled, StartError, launch
 from tpu_mini_sglang.managers.detokenizer_manager import EchoScheduler, toy_detokenizer, toy_scheduler
 from tpu_mini_sglang.managers.io_struct import ControlOut, GenerateReq, Message
 from tpu_mini_sglang.server_args import ServerArgs
+
+STALL = [*b"stall"]  # a prompt that stops the scheduler for seven seconds
 
 
 class PacedScheduler(EchoScheduler):
@@ -19,6 +24,8 @@ class PacedScheduler(EchoScheduler):
     def step(self, incoming: list[Message]) -> list[Message]:
         if self.live:
             time.sleep(0.001)
+        if any(isinstance(message, GenerateReq) and message.input_ids == STALL for message in incoming):
+            time.sleep(7)
         self.arrivals += sum(isinstance(message, GenerateReq) for message in incoming)
         out = super().step(incoming)
         for message in out:
@@ -27,14 +34,16 @@ class PacedScheduler(EchoScheduler):
         return out
 
 
-def paced_scheduler(args: ServerArgs) -> PacedScheduler:
-    return PacedScheduler(toy_scheduler(args).eos)
+def paced_scheduler(args: ServerArgs) -> Profiled:
+    return Profiled(PacedScheduler(toy_scheduler(args).eos), args.profile_dir)
 
 
 if __name__ == "__main__":
-    port, key = sys.argv[1:]
+    port, key, *fields = sys.argv[1:]
     logging.basicConfig(level="INFO", format="%(name)s %(message)s")
-    args = ServerArgs(port=int(port), served_model_name="toy", context_length=4_000_000, api_key=key or None)
+    more = {name: json.loads(value) for name, value in (field.split("=", 1) for field in fields)}
+    own = {"served_model_name": "toy", "context_length": 4_000_000, "api_key": key or None}
+    args = ServerArgs(port=int(port), **own, **more)
     try:
         sys.exit(launch(args, Builders(toy_front, paced_scheduler, toy_detokenizer)))
     except StartError as error:

@@ -106,7 +106,7 @@ class Flags:
         """The parsed flags, checked."""
         return cls(**{f.name: getattr(ns, f.name) for f in fields(cls)})
 
-# %% ../nbs/02_server_args.ipynb #150a51da
+# %% ../nbs/02_server_args.ipynb #5206dcae
 # What --kv-cache-dtype means, in SGLang's spelling; None: the model's own dtype
 KV_DTYPES = {"auto": None, "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
@@ -132,7 +132,17 @@ class ServerArgs(Flags):
     api_key: str | None = flag(None, "clients must send this key as a bearer token", secret=True)
     max_body_bytes: int = flag(4 << 20, "largest HTTP request body, bytes", bounds=(1024, 1 << 30))
     max_queued_requests: int = flag(1024, "waiting requests; the next one gets HTTP status 503", bounds=(1, 1 << 20))
+    req_waiting_timeout: float | None = flag(
+        None, "seconds a request may wait for its first step, then HTTP status 503 (default: any)", bounds=(0.01, 1e6)
+    )
+    req_running_timeout: float | None = flag(
+        None, "seconds it may run from then on, then HTTP status 408 (default: any)", bounds=(0.01, 1e6)
+    )
     shutdown_timeout: float = flag(3.0, "seconds for running requests once SIGTERM came", bounds=(0.0, 3600.0))
+    watchdog_timeout: float = flag(
+        300.0, "seconds of silence after which a process is not ready and its stacks are logged", bounds=(3.0, 86400.0)
+    )
+    profile_dir: str | None = flag(None, "where /start_profile writes traces (default: it is refused)")
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
     tp_size: int | None = flag(

@@ -101,7 +101,7 @@ class Vocabulary:
         """One token as text, for logprobs; part of a character shows as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
-# %% ../nbs/05_tokenizer.ipynb #6f204b6d
+# %% ../nbs/05_tokenizer.ipynb #4ecd3b3b
 class TokenCodec(Vocabulary):
     """Text to token ids and back."""
 
@@ -112,7 +112,8 @@ class TokenCodec(Vocabulary):
     ) -> list[int]:
         """Token ids of a text. Raises TextError."""
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # a batch of one: unlike `encode` it lets other threads run, and `fast` leaves out the offsets
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError:
             raise TextError("a text must be a string of valid Unicode, without lone surrogates") from None
 

@@ -148,7 +148,7 @@ def split_prompts(
         return [value], False
     raise RequestError(f"{name} has the wrong type", param=name)
 
-# %% ../../nbs/38_engine.ipynb #7f1e6618
+# %% ../../nbs/38_engine.ipynb #208cf9f7
 def make_inputs(
     text: Any = None,  # prompt or list of prompts
     sampling_params: Any = None,  # one for all, or one each
@@ -157,6 +157,7 @@ def make_inputs(
     return_logprob: bool = False,  # report log-probabilities
     top_logprobs_num: int = 0,  # and this many best tokens at each position
     stream: bool = False,  # report tokens as they come
+    cache_salt: str = "",  # of all prompts
 ) -> tuple[list[GenerateInput], bool]:  # inputs, and whether the answer is a list
     """SGLang's generate arguments, unfolded. RequestError where they do not fit together."""
     prompts, many = split_prompts(text, input_ids)
@@ -169,7 +170,8 @@ def make_inputs(
         if not isinstance(name, str | None):
             raise RequestError("rid must be a string", param="rid")
         params, cap = as_params(value)
-        items.append(GenerateInput(prompt, params, name or "", return_logprob, top_logprobs_num, stream, cap))
+        logprobs = return_logprob, top_logprobs_num
+        items.append(GenerateInput(prompt, params, name or "", *logprobs, stream, cap, cache_salt))
     return items, many or items[0].sampling.n > 1
 
 # %% ../../nbs/38_engine.ipynb #f9f7a948
@@ -312,7 +314,7 @@ class SchedulerThread:
         self.inbox.put(None)
         self.thread.join()
 
-# %% ../../nbs/38_engine.ipynb #866d4556
+# %% ../../nbs/38_engine.ipynb #97eb07eb
 class Runtime:
     """The three managers of one process, wired up."""
 
@@ -351,7 +353,7 @@ class Runtime:
         self.scheduler.stop()
         self.loop.run(settle())
         self.loop.stop()
-        self.manager.worker.shutdown()
+        self.manager.shutdown()
 
 # %% ../../nbs/38_engine.ipynb #092a33ab
 async def on_loop(
@@ -486,7 +488,7 @@ class Caller(Owner):
             if self.finalizer.alive:
                 await asyncio.wrap_future(submit(close(answers)))
 
-# %% ../../nbs/38_engine.ipynb #997ac003
+# %% ../../nbs/38_engine.ipynb #e262e4f4
 class Generator(Caller):
     """The two ways to ask."""
 
@@ -496,7 +498,7 @@ class Generator(Caller):
         sampling_params: SamplingParams | dict[str, Any] | list[Any] | None = None,  # one for all, or one each
         *,
         stream: bool = False,  # an iterator of growing answers instead
-        **more: Any,  # input_ids, rid, return_logprob, top_logprobs_num
+        **more: Any,  # input_ids, rid, return_logprob, top_logprobs_num, cache_salt
     ) -> Any:
         """Answer one prompt or many: a dict, a list of dicts, or an iterator."""
         answers = self.start(prompt, sampling_params, stream, more)

@@ -60,7 +60,7 @@ class ChatMessage(Strict):
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
-# %% ../../nbs/39_openai.ipynb #6ce6291e
+# %% ../../nbs/39_openai.ipynb #5c7f5b17
 class Sampling(Strict):
     """What both endpoints let a client say about sampling."""
 
@@ -90,6 +90,7 @@ class Sampling(Strict):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    cache_salt: str | None = None
 
 # %% ../../nbs/39_openai.ipynb #6abc7ec6
 class ChatRequest(Sampling):
@@ -343,7 +344,7 @@ def finish_word(
     """Why it ended, if it has."""
     return None if output.finish is None else output.finish.type
 
-# %% ../../nbs/39_openai.ipynb #2cec5aa9
+# %% ../../nbs/39_openai.ipynb #07c19bfd
 class Endpoint:
     """What chats and completions have in common: one call, answered whole or in chunks."""
 
@@ -361,7 +362,7 @@ class Endpoint:
         rid = f"{self.prefix}-{uuid.uuid4().hex}"
         self.head: dict[str, Any] = {"id": rid, "created": int(time.time()), "model": model}
         for item in items:
-            item.rid = rid
+            item.rid, item.cache_salt = rid, request.cache_salt or ""
 
     def choice(self, output: Output) -> dict[str, Any]:
         """A complete answer as an entry of `choices`."""
@@ -517,11 +518,11 @@ async def open_completion(
     except RequestError as error:
         raise their_names(error) from None
 
-# %% ../../nbs/39_openai.ipynb #f96f7f90
+# %% ../../nbs/39_openai.ipynb #20b020a5
 def error_body(
     error: RequestError,  # what went wrong
 ) -> dict[str, Any]:
     """OpenAI's error object."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 500: "server_error", 503: "server_error"}
-    kind = kinds.get(error.status, "invalid_request_error")
+    kinds = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error"}
+    kind = kinds.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}

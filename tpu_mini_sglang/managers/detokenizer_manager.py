@@ -231,16 +231,16 @@ def receive(
         messages += decode(inbox.recv())
     return messages
 
-# %% ../../nbs/36_detokenizer.ipynb #f3408d70
+# %% ../../nbs/36_detokenizer.ipynb #a5f4adef
 def pump(
     core: Core,  # the manager to run
     inbox: zmq.Socket,  # where its messages arrive
     outbox: zmq.Socket,  # where its answers go
-    alive: Callable[[], bool],  # asked at least once a second; False ends the loop
+    alive: Callable[[], bool],  # asked between steps, and twice a second without any; False ends the loop
 ) -> None:
     """The whole life of a manager's process: receive, step, send."""
     while alive():
-        incoming = receive(inbox, 0 if core.has_work else 1000)
+        incoming = receive(inbox, 0 if core.has_work else 500)
         if incoming or core.has_work:
             outgoing = core.step(incoming)
             if outgoing:

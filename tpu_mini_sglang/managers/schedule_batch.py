@@ -21,7 +21,7 @@ from ..model_executor.model_runner import UNREAD, Row
 from ..sampling.sampler import SampleOutput, SamplingBatch, fill_row
 from ..sampling.sampling_params import fold_seed
 
-# %% ../../nbs/29_requests.ipynb #520c0a7b
+# %% ../../nbs/29_requests.ipynb #5c28a710
 @dataclass(eq=False)
 class Req:
     """One request from admission to finish."""
@@ -40,6 +40,7 @@ class Req:
     node: TreeNode | None = None  # the locked tree node of those pages
     cached_tokens: int = 0  # prompt tokens found in the cache at the first admission
     admitted: bool = False
+    since: float = 0.0  # when it arrived, and once it is admitted, when that was; seconds
     overtaken: int = 0  # times a later arrival was admitted first
     num_sent: int = 0  # output tokens already reported
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per output token, where asked for
@@ -283,25 +284,25 @@ def move_lock(
         memory.cache.unlock(req.node)
     req.node = node
 
-# %% ../../nbs/29_requests.ipynb #d5c174bd
+# %% ../../nbs/29_requests.ipynb #6615f209
 def attach_prefix(memory: RequestMemory, req: Req) -> None:
     """Start the request from the longest cached prefix; its last token is always computed."""
-    match = memory.cache.match_prefix(req.token_ids[:-1])
+    match = memory.cache.match_prefix(req.token_ids[:-1], req.spec.cache_salt)
     move_lock(memory, req, match.node)
     req.pages = match.pages.tolist()
     req.num_tree_pages = len(req.pages)
     req.num_computed = len(req.pages) * memory.page_size
 
-# %% ../../nbs/29_requests.ipynb #472ce3a0
+# %% ../../nbs/29_requests.ipynb #4944950f
 def publish(memory: RequestMemory, req: Req) -> None:
     """Put the request's whole computed pages into the tree, where others find them."""
     full = min(req.num_computed, len(req.token_ids)) // memory.page_size  # the tree's keys are ids that we know
     if full <= req.num_tree_pages or not memory.cache.enabled:
         return
     tokens = req.token_ids[: full * memory.page_size]
-    shared = memory.cache.insert(tokens, req.pages[:full]).num_shared_pages
+    shared = memory.cache.insert(tokens, req.pages[:full], req.spec.cache_salt).num_shared_pages
     memory.allocator.free(req.pages[req.num_tree_pages : shared])  # twins of pages the tree already had
-    match = memory.cache.match_prefix(tokens)
+    match = memory.cache.match_prefix(tokens, req.spec.cache_salt)
     move_lock(memory, req, match.node)
     req.pages[:full], req.num_tree_pages = match.pages.tolist(), full
 

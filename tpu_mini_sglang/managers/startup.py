@@ -8,9 +8,10 @@ __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'MARGIN', 'CALIBRATION', 'OWN', 'ha
            'choose_buckets', 'calibrate', 'enable_compile_cache', 'agree', 'build_runner', 'limits_of',
            'join_and_build', 'build_scheduler', 'run_follower']
 
-# %% ../../nbs/30b_startup.ipynb #bf7e36a1
+# %% ../../nbs/30b_startup.ipynb #eaea5a3f
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -208,9 +209,10 @@ def enable_compile_cache(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# %% ../../nbs/30b_startup.ipynb #7d4978b9
+# %% ../../nbs/30b_startup.ipynb #a0e37104
 OWN = set(
     "model_path served_model_name download_dir chat_template host port api_key max_body_bytes max_queued_requests "
+    "req_waiting_timeout req_running_timeout watchdog_timeout profile_dir "
     "log_level node_rank dist_init_addr dist_timeout random_seed compilation_cache_dir".split()
 )  # flags that may differ from host to host
 
@@ -266,7 +268,7 @@ def build_runner(
     buckets = choose_buckets(args, config, device.platform)
     return ModelRunner(model, config, mesh, num_pages, args.page_size, buckets, backend, kv_dtype, scales)
 
-# %% ../../nbs/30b_startup.ipynb #26404672
+# %% ../../nbs/30b_startup.ipynb #468902d1
 def limits_of(
     args: ServerArgs,
     runner: ModelRunner,
@@ -281,6 +283,8 @@ def limits_of(
         policy=args.schedule_policy,
         cache_enabled=not args.disable_radix_cache,
         overlap=not args.disable_overlap_schedule,
+        waiting_timeout=args.req_waiting_timeout or math.inf,
+        running_timeout=args.req_running_timeout or math.inf,
     )
 
 # %% ../../nbs/30b_startup.ipynb #6c72d2f8

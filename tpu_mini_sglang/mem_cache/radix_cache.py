@@ -38,29 +38,30 @@ def shared_pages(
         return n
     return int((a[:n] != b[:n]).any(axis=1).argmax())
 
-# %% ../../nbs/21_radix_cache.ipynb #4fd8fa13
+# %% ../../nbs/21_radix_cache.ipynb #4ff3e4b2
 @dataclass(eq=False, slots=True)
 class TreeNode:
     """A run of whole pages that follows its parent's; `eq=False`: a node is itself, not its contents."""
 
+    key: bytes  # what its parent finds it by: the tokens of its first page
     tokens: np.ndarray  # [n, page_size] int32
     pages: np.ndarray  # [n] int32, where the keys and values of `tokens` lie
     parent: "TreeNode | None" = field(default=None, repr=False)
-    children: "dict[bytes, TreeNode]" = field(default_factory=dict, repr=False)  # first page's tokens -> child
+    children: "dict[bytes, TreeNode]" = field(default_factory=dict, repr=False)  # by key
     ref_count: int = 0  # running requests that read this node or one below it
     last_access: int = 0  # the cache's clock when a match or insert last came by
     hits: int = 0  # matches that came by
     queued: bool = False  # has its one entry in the eviction queue
 
-# %% ../../nbs/21_radix_cache.ipynb #e6fddc6e
+# %% ../../nbs/21_radix_cache.ipynb #359c12de
 def add_child(
     parent: TreeNode,  # the end of the prefix
+    key: bytes,  # of the new node
     rows: np.ndarray,  # [n, page_size] int32, the tokens that follow, n >= 1
     pages: np.ndarray,  # [n] int32
 ) -> TreeNode:
     """Hang a new node below `parent`; copies, so that the caller's arrays may change."""
-    child = TreeNode(rows.copy(), pages.copy(), parent)
-    parent.children[rows[0].tobytes()] = child
+    child = parent.children[key] = TreeNode(key, rows.copy(), pages.copy(), parent)
     return child
 
 # %% ../../nbs/21_radix_cache.ipynb #75a09e7b
@@ -82,29 +83,31 @@ def nodes_below(
         yield (child := todo.pop())
         todo.extend(child.children.values())
 
-# %% ../../nbs/21_radix_cache.ipynb #f7414bcb
+# %% ../../nbs/21_radix_cache.ipynb #2cd13b58
 def split_node(
     node: TreeNode,  # not the root
     at: int,  # pages the upper part gets, 0 < at < len(node.pages)
 ) -> TreeNode:
     """Put a new node with the first `at` pages above `node`, which keeps the rest; returns the new one."""
     assert node.parent is not None
-    upper = add_child(node.parent, node.tokens[:at], node.pages[:at])
+    upper = add_child(node.parent, node.key, node.tokens[:at], node.pages[:at])
     upper.ref_count, upper.last_access, upper.hits = node.ref_count, node.last_access, node.hits
     node.tokens, node.pages, node.parent = node.tokens[at:].copy(), node.pages[at:].copy(), upper
-    upper.children[node.tokens[0].tobytes()] = node
+    node.key = node.tokens[0].tobytes()
+    upper.children[node.key] = node
     return upper
 
-# %% ../../nbs/21_radix_cache.ipynb #9f1f4a9c
+# %% ../../nbs/21_radix_cache.ipynb #002b66f6
 def descend(
     root: TreeNode,  # of the tree
     rows: np.ndarray,  # [n, page_size] int32, a prompt's pages
     clock: int,  # stamps the nodes on the way
+    salt: bytes = b"",  # only what was inserted with the same is found
 ) -> tuple[TreeNode, int]:
     """Follow the prompt down as far as the tree knows it; the last node, and how many pages that is."""
     node, depth = root, 0
-    while depth < len(rows) and (child := node.children.get(rows[depth].tobytes())) is not None:
-        shared = shared_pages(child.tokens, rows[depth:])
+    while depth < len(rows) and (child := node.children.get(salt + rows[depth].tobytes())) is not None:
+        salt, shared = b"", shared_pages(child.tokens, rows[depth:])
         node = child if shared == len(child.pages) else split_node(child, shared)
         node.last_access = clock
         depth += shared
@@ -126,7 +129,7 @@ class InsertResult:
     num_shared_pages: int  # leading pages whose tokens were cached already
     node: TreeNode  # the end of the inserted sequence
 
-# %% ../../nbs/21_radix_cache.ipynb #c6b627e4
+# %% ../../nbs/21_radix_cache.ipynb #57a1ec08
 class PrefixTree:
     """Which pages hold which prefix."""
 
@@ -135,15 +138,16 @@ class PrefixTree:
         page_size: int,  # tokens a page holds
     ):
         self.page_size, self.num_cached, self._clock = page_size, 0, 0
-        self.root = TreeNode(np.zeros((0, page_size), np.int32), np.zeros(0, np.int32))
+        self.root = TreeNode(b"", np.zeros((0, page_size), np.int32), np.zeros(0, np.int32))
 
     def match_prefix(
         self,
         token_ids: Sequence[int] | np.ndarray,  # [n] a prompt
+        salt: str = "",  # only what was inserted with the same is found
     ) -> PrefixMatch:
         """The longest cached prefix of whole pages; counts as an access."""
         self._clock += 1
-        node, _ = descend(self.root, page_rows(token_ids, self.page_size), self._clock)
+        node, _ = descend(self.root, page_rows(token_ids, self.page_size), self._clock, salt.encode())
         path = list(path_up(node))
         for step in path:
             step.hits += 1
@@ -153,14 +157,16 @@ class PrefixTree:
         self,
         token_ids: Sequence[int] | np.ndarray,  # [n] tokens whose keys and values are in `pages`
         pages: Sequence[int] | np.ndarray,  # [>= n // page_size] their pages, in order
+        salt: str = "",  # who finds them must name the same
     ) -> InsertResult:
         """Cache the whole pages of a sequence; a partial tail page stays with the caller."""
         rows, self._clock = page_rows(token_ids, self.page_size), self._clock + 1
         if len(pages) < len(rows):
             raise PoolError(f"{len(token_ids)} tokens fill {len(rows)} pages, got {len(pages)}")
-        node, shared = descend(self.root, rows, self._clock)
+        node, shared = descend(self.root, rows, self._clock, salt.encode())
         if shared < len(rows):
-            node = add_child(node, rows[shared:], np.asarray(pages, np.int32)[shared : len(rows)])
+            key = (b"" if shared else salt.encode()) + rows[shared].tobytes()
+            node = add_child(node, key, rows[shared:], np.asarray(pages, np.int32)[shared : len(rows)])
             node.last_access = self._clock
             self.num_cached += len(node.pages)
         return InsertResult(shared, node)
@@ -239,7 +245,7 @@ class EvictionQueue:
             self.offer(node)  # stale: back with its present key, or out until it is an idle leaf again
         return None
 
-# %% ../../nbs/21_radix_cache.ipynb #384883fb
+# %% ../../nbs/21_radix_cache.ipynb #93ebedfa
 def cut_leaf(
     leaf: TreeNode,  # without children or locks
     num_pages: int,  # at most so many are cut off
@@ -251,11 +257,11 @@ def cut_leaf(
     if keep:
         leaf.tokens, leaf.pages = leaf.tokens[:keep], leaf.pages[:keep]
         return taken, leaf
-    del parent.children[leaf.tokens[0].tobytes()]
+    del parent.children[leaf.key]
     leaf.parent = None
     return taken, parent
 
-# %% ../../nbs/21_radix_cache.ipynb #0adab0c3
+# %% ../../nbs/21_radix_cache.ipynb #8da85455
 class EvictingTree(LockedTree):
     """Which pages go when others need them."""
 
@@ -268,9 +274,11 @@ class EvictingTree(LockedTree):
         super().__init__(page_size)
         self.allocator, self._queue = allocator, EvictionQueue(priority)
 
-    def insert(self, token_ids: Sequence[int] | np.ndarray, pages: Sequence[int] | np.ndarray) -> InsertResult:
+    def insert(
+        self, token_ids: Sequence[int] | np.ndarray, pages: Sequence[int] | np.ndarray, salt: str = ""
+    ) -> InsertResult:
         """As before; the new leaf is idle until somebody locks it."""
-        result = super().insert(token_ids, pages)
+        result = super().insert(token_ids, pages, salt)
         self._queue.offer(result.node)
         return result
 
@@ -293,21 +301,22 @@ class EvictingTree(LockedTree):
         self.num_cached -= freed
         return freed
 
-# %% ../../nbs/21_radix_cache.ipynb #af6e9027
+# %% ../../nbs/21_radix_cache.ipynb #d0d0e5b6
 def known_pages(
     node: TreeNode,  # usually the root
     rows: np.ndarray,  # [n, page_size] int32, a prompt's pages
+    salt: bytes = b"",  # as in `descend`
 ) -> int:
     """How many leading pages the tree knows: `descend` that neither splits nor stamps."""
     depth = 0
-    while depth < len(rows) and (child := node.children.get(rows[depth].tobytes())) is not None:
-        shared = shared_pages(child.tokens, rows[depth:])
+    while depth < len(rows) and (child := node.children.get(salt + rows[depth].tobytes())) is not None:
+        salt, shared = b"", shared_pages(child.tokens, rows[depth:])
         node, depth = child, depth + shared
         if shared < len(child.pages):
             break
     return depth
 
-# %% ../../nbs/21_radix_cache.ipynb #f0e37ec8
+# %% ../../nbs/21_radix_cache.ipynb #0c8034be
 class RadixCache(EvictingTree):
     """The prefix cache: `match_prefix` before a prefill, `insert` after it, `evict` when the allocator runs dry."""
 
@@ -321,18 +330,21 @@ class RadixCache(EvictingTree):
         super().__init__(allocator, page_size, priority)
         self.enabled = enabled
 
-    def insert(self, token_ids: Sequence[int] | np.ndarray, pages: Sequence[int] | np.ndarray) -> InsertResult:
+    def insert(
+        self, token_ids: Sequence[int] | np.ndarray, pages: Sequence[int] | np.ndarray, salt: str = ""
+    ) -> InsertResult:
         """As before; switched off, all pages count as duplicates, which the caller frees."""
         if not self.enabled:
             return InsertResult(len(token_ids) // self.page_size, self.root)
-        return super().insert(token_ids, pages)
+        return super().insert(token_ids, pages, salt)
 
     def peek(
         self,
         token_ids: Sequence[int] | np.ndarray,  # [n] a prompt
+        salt: str = "",  # as in `match_prefix`
     ) -> int:
         """How many leading pages are cached; not an access, changes nothing."""
-        return known_pages(self.root, page_rows(token_ids, self.page_size))
+        return known_pages(self.root, page_rows(token_ids, self.page_size), salt.encode())
 
     def reset(self) -> None:
         """Free every page; PoolError while one is locked."""
