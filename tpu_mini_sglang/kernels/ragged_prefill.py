@@ -252,7 +252,7 @@ def ragged_prefill(
     ours = jnp.pad(batch.q_lens > 1, (0, 1))[batch.token_rows(tokens)]
     return jnp.where(ours[:, None, None], out, 0).astype(q.dtype)
 
-# %% ../../nbs/10c_ragged.ipynb #85858c9a
+# %% ../../nbs/10c_ragged.ipynb #23dc6771
 def scratch_bytes(
     q_block: int,  # queries a block holds for each head
     q_heads: int,  # Q, query heads
@@ -262,7 +262,8 @@ def scratch_bytes(
     """Bytes of VMEM that the kernel's scratch memory takes, registers counted whole."""
     total = 0
     for memory in jax.tree.leaves(scratch_shapes(q_block, q_heads, kv_pages, dtype)):
-        if len(shape := getattr(memory, "shape", ())) > 2:  # not a semaphore
+        shape: tuple[int, ...] = memory.shape
+        if len(shape) > 2:  # not a semaphore
             (*lead, rows, lanes), size = shape, jnp.dtype(memory.dtype).itemsize
             total += math.prod(lead) * -(-rows * size // 32) * 32 * -(-lanes // LANES) * LANES
     return total
