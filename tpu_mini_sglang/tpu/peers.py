@@ -319,7 +319,7 @@ def keep_in_hbm(
 
     replace_in(stack, pl, "pallas_call", call)
 
-# %% ../../nbs/50c_peers.ipynb #6155d97c
+# %% ../../nbs/50c_peers.ipynb #f3c8c86b
 def compile_peer(
     case: PeerCase,
     constant: bool = False,  # lengths as constants, for the estimator
@@ -335,7 +335,11 @@ def compile_peer(
             peer.constants(stack)
             keep_in_hbm(stack)
         args = [jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=place) for shape, kind in peer.shapes]
-        return peer, jax.jit(peer.call, donate_argnums=peer.donated).lower(*args).compile()
+
+        def measured(*args: Any) -> Any:  # the name by which chapter 50b finds the kernel
+            return peer.call(*args)
+
+        return peer, jax.jit(measured, donate_argnums=peer.donated).lower(*args).compile()
 
 # %% ../../nbs/50c_peers.ipynb #09fa41d8
 def used_vmem(
