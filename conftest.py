@@ -15,6 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parent
 NBDEV_TEST = Path(sys.executable).with_name("nbdev_test")
+# Notebooks compile hundreds of tiny programs, many of them the same: quickly, and kept for the next notebook and run.
+QUICK_COMPILES = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 LIMIT_S = 600
 SLOW_LIMIT_S = 1200
 # Files of some minutes. They start first, or one worker is left with them when the other has nothing to do.
@@ -64,7 +71,7 @@ class Notebook(pytest.Item):
         slow = self.config.getoption("--slow")
         command = [NBDEV_TEST, "--path", self.path, "--flags", "slow" if slow else ""]
         # CI=true gives hypothesis its repeatable profile without deadlines, which a busy machine would miss.
-        env = os.environ | {"MPLBACKEND": "agg", "CI": "true"}
+        env = os.environ | QUICK_COMPILES | {"MPLBACKEND": "agg", "CI": "true"}
         limit = SLOW_LIMIT_S if slow else LIMIT_S
         with tempfile.TemporaryFile("w+") as out:  # not a pipe, which a process left behind would hold open
             process = subprocess.Popen(

@@ -31,6 +31,7 @@ FRONT_END = [
     "tokenizer",
     "sampling.sampling_params",
     "managers.io_struct",
+    "constrained.grammar",
     "managers.detokenizer_manager",
     "managers.template_manager",
     "managers.tokenizer_manager",
@@ -44,7 +45,7 @@ FRONT_END = [
 RUN_TIME = {
     "tpu_mini_sglang",
     *("jax", "flax", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "fastapi", "uvicorn"),
-    *("h11", "msgspec", "zmq", "tqdm", "prometheus_client"),
+    *("h11", "msgspec", "zmq", "tqdm", "prometheus_client", "llguidance"),
     *("numpy", "ml_dtypes", "pydantic", "starlette", "jinja2"),
 }
 

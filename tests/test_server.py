@@ -169,6 +169,12 @@ def test_official_client_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(
             model="toy", messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]
         )
+    schema = {"name": "it", "schema": {"type": "thing"}, "strict": True}
+    with pytest.raises(openai.BadRequestError, match="thing") as refused:
+        client.chat.completions.create(
+            model="toy", messages=messages, response_format={"type": "json_schema", "json_schema": schema}
+        )
+    assert refused.value.param == "response_format"
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt", messages=messages)
     with pytest.raises(openai.NotFoundError):
@@ -197,6 +203,8 @@ BAD: dict[str, tuple[str, object, int]] = {
     "boolean token": ("/generate", {"input_ids": [True]}, 400),
     "too many new tokens": ("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 4_000_000}}, 400),
     "error in a stream": ("/generate", {"text": "", "stream": True}, 400),
+    "bad grammar in a stream": ("/generate", {"text": "x", "stream": True, "sampling_params": {"regex": "("}}, 400),
+    "two grammars": ("/v1/completions", {"prompt": "x", "regex": "a", "ebnf": "root ::= x"}, 400),
     "empty messages": ("/v1/chat/completions", {"messages": []}, 400),
     "unknown role": ("/v1/chat/completions", {"messages": [{"role": "boss", "content": "x"}]}, 400),
     "image": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
@@ -438,6 +446,14 @@ def test_the_default_model_over_http() -> None:
         assert "".join(c.choices[0].delta.content or "" for c in pieces) == greedy.choices[0].message.content
         sampled = [client.chat.completions.create(**ask, seed=7, max_tokens=16) for _ in range(2)]
         assert sampled[0].choices[0].message.content == sampled[1].choices[0].message.content
+        place = {
+            "type": "object",
+            "properties": {"capital": {"type": "string", "maxLength": 20}},
+            "required": ["capital"],
+        }
+        shape = {"type": "json_schema", "json_schema": {"name": "place", "schema": place, "strict": True}}
+        formed = client.chat.completions.create(**ask, temperature=0, max_tokens=64, response_format=shape).choices[0]
+        assert (formed.finish_reason, {*json.loads(formed.message.content)} >= {"capital"}) == ("stop", True)
         crowd: dict[int, str] = {}
 
         def sample(seed: int) -> str:

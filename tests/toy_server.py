@@ -43,7 +43,7 @@ if __name__ == "__main__":
     logging.basicConfig(level="INFO", format="%(name)s %(message)s")
     more = {name: json.loads(value) for name, value in (field.split("=", 1) for field in fields)}
     own = {"served_model_name": "toy", "context_length": 4_000_000, "api_key": key or None}
-    args = ServerArgs(port=int(port), **own, **more)
+    args = ServerArgs(port=int(port), **(own | more))
     try:
         sys.exit(launch(args, Builders(toy_front, paced_scheduler, toy_detokenizer)))
     except StartError as error:

@@ -105,7 +105,7 @@ def say(
     """A line on the terminal, at once."""
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/40b_launch.ipynb #d2685c09
+# %% ../nbs/40b_launch.ipynb #6b0c62ce
 def real_front(
     args: ServerArgs,  # names the model
 ) -> tuple[ServerArgs, "Tokenizer", "Limits"]:  # arguments with the model's path on disk, and what a front end needs
@@ -119,9 +119,16 @@ def real_scheduler(
     args: ServerArgs,  # with the model's path
 ) -> Any:
     """The scheduler with model and device; JAX lives in its process alone."""
+    from tpu_mini_sglang.constrained.grammar import Grammars
     from tpu_mini_sglang.managers.startup import build_scheduler
+    from tpu_mini_sglang.tokenizer import load_tokenizer
 
-    return Profiled(build_scheduler(args, say), args.profile_dir)
+    def load() -> "Tokenizer":
+        assert args.model_path is not None
+        return load_tokenizer(args.model_path)
+
+    scheduler = build_scheduler(args, say, lambda at: Grammars(load, at.vocab_size, at.eos_token_ids))
+    return Profiled(scheduler, args.profile_dir)
 
 
 def real_detokenizer(

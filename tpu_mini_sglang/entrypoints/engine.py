@@ -385,7 +385,7 @@ def load_front(
     tokenizer = load_tokenizer(path, args.chat_template)
     return args, tokenizer, Limits(config.vocab_size, config.context_len, args.max_queued_requests)
 
-# %% ../../nbs/38_engine.ipynb #11b4e1e2
+# %% ../../nbs/38_engine.ipynb #4127d79b
 def load_parts(
     args: ServerArgs,  # the engine's arguments
     report: Callable[[str], None],  # takes lines of progress
@@ -394,9 +394,10 @@ def load_parts(
     args, tokenizer, limits = load_front(args)
 
     def build() -> Core:
+        from tpu_mini_sglang.constrained.grammar import Grammars
         from tpu_mini_sglang.managers.startup import build_scheduler  # JAX comes in here
 
-        return build_scheduler(args, report)
+        return build_scheduler(args, report, lambda at: Grammars(lambda: tokenizer, at.vocab_size, at.eos_token_ids))
 
     return Parts(tokenizer, limits, build)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StepTimes', 'watch', 'Recorder', 'device_spans', 'idle_share']
 
-# %% ../../nbs/31_overlap.ipynb #57e2310f
+# %% ../../nbs/31_overlap.ipynb #4bcac7cf
 """Who waits for whom: the times of host and device, recorded from a live scheduler."""
 
 import time
@@ -14,17 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
-from ..model_executor.model_runner import Bucket, ModelRunner, Pending, Row
+from ..model_executor.model_runner import Bucket, ModelRunner, Pending, Row, Scored
 from ..sampling.sampler import SampleOutput, SamplingBatch
 
-# %% ../../nbs/31_overlap.ipynb #7e6bd990
+# %% ../../nbs/31_overlap.ipynb #c0be0ab7
 @dataclass
 class StepTimes:
     """When a step passed each station, seconds on the clock of time.perf_counter."""
 
     bucket: Bucket
-    sent: float  # dispatch returned: from now on the device may run it
+    sent: float  # the model was sent off: from now on the device may run it
     done: float = 0.0  # its samples exist
     asked: float = 0.0  # the host began to wait for them
     read: float = 0.0  # the host has them
@@ -40,14 +41,14 @@ def watch(
     finally:
         times.done = time.perf_counter()
 
-# %% ../../nbs/31_overlap.ipynb #1a5fbaf2
+# %% ../../nbs/31_overlap.ipynb #595c77ec
 class Recorder:
     """A model runner that notes the times of its steps."""
 
     def __init__(self, runner: ModelRunner):
         self.runner, self.steps = runner, list[StepTimes]()
         self.num_pages, self.page_size, self.buckets = runner.num_pages, runner.page_size, runner.buckets
-        self.num_shards = runner.num_shards
+        self.num_shards, self.mask_words = runner.num_shards, runner.mask_words
         self.watcher = ThreadPoolExecutor(1)  # waits for the device beside the host, and so hardly disturbs it
 
     @property
@@ -55,22 +56,31 @@ class Recorder:
         """The runner's."""
         return self.runner.num_compiles
 
-    def dispatch(
+    def forward(
         self,
         rows: Sequence[Row],
         sampling: SamplingBatch,  # numpy leaves, as the runner wants them
         bucket: Bucket,
+    ) -> tuple[Scored, StepTimes]:
+        """The runner's, noted."""
+        scored = self.runner.forward(rows, sampling, bucket)
+        self.steps.append(StepTimes(bucket, time.perf_counter()))
+        return scored, self.steps[-1]
+
+    def sample(
+        self,
+        step: tuple[Scored, StepTimes],  # of `forward`
+        allowed: np.ndarray | None,  # as the runner wants it
     ) -> tuple[Pending, StepTimes]:
         """The runner's, noted."""
-        pending = self.runner.dispatch(rows, sampling, bucket)
-        times = StepTimes(bucket, time.perf_counter())
-        self.steps.append(times)
+        scored, times = step
+        pending = self.runner.sample(scored, allowed)
         self.watcher.submit(watch, pending, times)
         return pending, times
 
     def read(
         self,
-        step: tuple[Pending, StepTimes],  # of `dispatch`
+        step: tuple[Pending, StepTimes],  # of `sample`
     ) -> SampleOutput:
         """The runner's, noted."""
         pending, times = step

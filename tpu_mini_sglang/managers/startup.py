@@ -8,7 +8,7 @@ __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'MARGIN', 'CALIBRATION', 'OWN', 'ha
            'choose_buckets', 'calibrate', 'enable_compile_cache', 'agree', 'build_runner', 'limits_of',
            'join_and_build', 'build_scheduler', 'run_follower']
 
-# %% ../../nbs/30b_startup.ipynb #eaea5a3f
+# %% ../../nbs/30b_startup.ipynb #816c4ece
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
 
 import math
@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..kernels.attention import AttentionBatch, Pages, from_pages
 from ..kernels.kv_write import pallas_refusal
-from .scheduler import Limits, Scheduler
+from .scheduler import Constrain, Limits, Scheduler
 from ..mem_cache.pool import PoolError, init_kv_cache, pages_for, pages_in_budget, token_bytes
 from ..model_config import ConfigError, ModelConfig
 from ..model_executor.devices import check_kernels, choose_tp, find_devices
@@ -287,7 +287,7 @@ def limits_of(
         running_timeout=args.req_running_timeout or math.inf,
     )
 
-# %% ../../nbs/30b_startup.ipynb #6c72d2f8
+# %% ../../nbs/30b_startup.ipynb #9d8e2371
 def join_and_build(
     args: ServerArgs,
     report: Callable[[str], None],
@@ -301,15 +301,18 @@ def join_and_build(
 def build_scheduler(
     args: ServerArgs,
     report: Callable[[str], None] = print,  # receives one line at a time
+    grammars: Callable[[Limits], Constrain] | None = None,  # chapter 32's, where answers may have to obey something
 ) -> Scheduler:
     """Everything from files to a warm scheduler. Raises ConfigError on a host that must follow another's."""
     if args.node_rank:
         raise ConfigError(f"--node-rank {args.node_rank} follows node 0: start it as a server, it takes no requests")
     group, runner = join_and_build(args, report)
     lead(group, runner)
+    limits = limits_of(args, runner)
+    constrain = None if grammars is None else grammars(limits)  # gets ready while the programs are compiled
     if not args.skip_server_warmup:
         runner.warmup(report)
-    return Scheduler(runner, limits_of(args, runner))
+    return Scheduler(runner, limits, constrain)
 
 
 def run_follower(

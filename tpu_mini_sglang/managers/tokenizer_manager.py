@@ -7,7 +7,7 @@ __all__ = ['Listener', 'RequestError', 'GenerateInput', 'Limits', 'check_prompt'
            'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
            'TokenizerManager']
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #762d3cd3
+# %% ../../nbs/37_tokenizer_manager.ipynb #d1548fce
 """The front end's half of the engine: checks requests, sends them, and hands each answer to who waits for it."""
 
 import asyncio
@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from ..constrained.grammar import check_grammar
 from tpu_mini_sglang.managers.io_struct import (
     MAX_SALT,
     AbortReq,
@@ -348,7 +349,7 @@ class AbortingTable(RequestTable):
         self.dead = self.dead or message
         self.end(list(self.live), FinishReason(type="error", message=message, status=503))
 
-# %% ../../nbs/37_tokenizer_manager.ipynb #3d430239
+# %% ../../nbs/37_tokenizer_manager.ipynb #fb9c7cdf
 class TokenizerDesk(AbortingTable):
     """The table with a tokenizer: makes messages of what callers bring."""
 
@@ -402,6 +403,11 @@ class TokenizerDesk(AbortingTable):
                 raise RequestError(f"prompt: {error}", param="prompt") from None
         ids = check_prompt(ids, self.limits)
         sampling = check_sampling(item, len(ids), self.limits)
+        if sampling.grammar:
+            try:
+                await asyncio.to_thread(check_grammar, sampling)  # may take a while
+            except ParamError as error:
+                raise RequestError(str(error), param=error.field) from None
         return expand(item, ids, sampling, lambda: self.random.getrandbits(32))
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #e7ef8a0d

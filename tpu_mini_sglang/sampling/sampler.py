@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GREEDY_BELOW', 'MAX_EOS_IDS', 'N_BIAS', 'FOREVER', 'COPIED', 'SamplingBatch', 'bias_entries', 'fill_row',
            'SampleOutput', 'argmax_tokens', 'sort_keys', 'threshold', 'keep_top_k', 'integer_mass', 'keep_top_p',
-           'keep_min_p', 'scramble', 'gumbel_noise', 'perturb', 'token_counts', 'penalise', 'add_bias', 'has_penalty',
-           'has_bias', 'needs_choice', 'choose', 'likeliest', 'token_logprobs', 'no_logprobs', 'sample']
+           'keep_min_p', 'scramble', 'gumbel_noise', 'perturb', 'token_counts', 'penalise', 'add_bias', 'only_allowed',
+           'has_penalty', 'has_bias', 'needs_choice', 'choose', 'likeliest', 'token_logprobs', 'no_logprobs', 'sample']
 
 # %% ../../nbs/14_sampling.ipynb #b8243f51
 """From logits to tokens on the device, one program for every mixture of requests."""
@@ -34,7 +34,7 @@ N_BIAS = MAX_LOGIT_BIAS + MAX_STOP_TOKEN_IDS + MAX_EOS_IDS
 FOREVER = np.iinfo(np.int32).max
 COPIED = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
-# %% ../../nbs/14_sampling.ipynb #93c0648f
+# %% ../../nbs/14_sampling.ipynb #b380670b
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingBatch:
@@ -54,6 +54,7 @@ class SamplingBatch:
     bias_values: Any  # [B, N_BIAS] float32, added to the logit
     bias_until: Any  # [B, N_BIAS] int32, the bias holds while positions < bias_until
     want_logprobs: Any  # [B] bool
+    masked: Any  # [B] bool, whether the row may choose from its allowed tokens only
 
     @classmethod
     def greedy(
@@ -71,7 +72,7 @@ class SamplingBatch:
             frequency_penalty=full(0, f32), presence_penalty=full(0, f32), repetition_penalty=full(1, f32),
             seeds=full(0, np.uint32), positions=full(0, i32), prompt_lens=full(0, i32),
             bias_ids=full(-1, i32, N_BIAS), bias_values=full(0, f32, N_BIAS), bias_until=full(0, i32, N_BIAS),
-            want_logprobs=full(False, np.bool_),
+            want_logprobs=full(False, np.bool_), masked=full(False, np.bool_),
         )  # fmt: skip
 
 # %% ../../nbs/14_sampling.ipynb #25ac26f6
@@ -89,7 +90,7 @@ def bias_entries(
         raise ValueError(f"a row has room for {N_BIAS} biased tokens, got {len(entries)}")
     return entries
 
-# %% ../../nbs/14_sampling.ipynb #9511466e
+# %% ../../nbs/14_sampling.ipynb #97731810
 def fill_row(
     batch: SamplingBatch,  # of numpy arrays, changed in place
     row: int,  # which of its rows
@@ -106,7 +107,7 @@ def fill_row(
         getattr(batch, name)[row] = getattr(params, name)
     batch.top_k[row] = max(params.top_k, 0)
     batch.seeds[row], batch.positions[row], batch.prompt_lens[row] = seed, position, prompt_len
-    batch.want_logprobs[row] = want_logprobs
+    batch.want_logprobs[row], batch.masked[row] = want_logprobs, params.grammar is not None
     batch.bias_ids[row] = -1
     for slot, entry in enumerate(bias_entries(params, prompt_len, eos_token_ids)):
         batch.bias_ids[row, slot], batch.bias_values[row, slot], batch.bias_until[row, slot] = entry
@@ -274,7 +275,25 @@ def add_bias(
     ids = jnp.where(active, batch.bias_ids, logits.shape[-1])  # one past the end: dropped
     return logits.at[jnp.arange(ids.shape[0])[:, None], ids].add(batch.bias_values, mode="drop")
 
-# %% ../../nbs/14_sampling.ipynb #f23d4063
+# %% ../../nbs/14_sampling.ipynb #704549dc
+def only_allowed(
+    logits: jax.Array,  # [B, V]
+    masked: jax.Array,  # [B] bool, rows whose bits count
+    allowed: jax.Array,  # [B, W] int32, bit i of word w is token 32 * w + i
+) -> jax.Array:
+    """Logits with -inf for what a row's bits forbid."""
+
+    def of_part(part: jax.Array, ids: jax.Array, masked: jax.Array, words: jax.Array) -> jax.Array:
+        begin, size = ids[0], part.shape[-1]  # each device takes the words that its part begins and ends in
+        words = lax.dynamic_slice_in_dim(words, begin // 32, size // 32 + 2, axis=-1)
+        words = lax.dynamic_slice_in_dim(jnp.repeat(words, 32, axis=-1), begin % 32, size, axis=-1)
+        return jnp.where(masked[:, None] & (words >> ids % 32 & 1 == 0), -jnp.inf, part)
+
+    every = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    words = jnp.pad(allowed, ((0, 0), (0, 2)))  # a slice past the end would be moved, in silence
+    return tensor_map(of_part, (1, 0, None, None), 1)(logits, every, masked, words)
+
+# %% ../../nbs/14_sampling.ipynb #3c695287
 def has_penalty(
     batch: SamplingBatch,  # of JAX arrays
 ) -> jax.Array:
@@ -293,17 +312,19 @@ def needs_choice(
     batch: SamplingBatch,  # of JAX arrays
 ) -> jax.Array:
     """Whether any row asks for more than its likeliest token, a scalar bool."""
-    return jnp.any((batch.temperature >= GREEDY_BELOW) | has_bias(batch) | has_penalty(batch))
+    return jnp.any((batch.temperature >= GREEDY_BELOW) | has_bias(batch) | has_penalty(batch) | batch.masked)
 
-# %% ../../nbs/14_sampling.ipynb #245944bb
+# %% ../../nbs/14_sampling.ipynb #d51b2f1f
 def choose(
     logits: jax.Array,  # [B, V] raw
     batch: SamplingBatch,  # all but want_logprobs
     history: jax.Array,  # [B, N] int32 ids
+    allowed: jax.Array,  # [B, W] int32 bits
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens [B] and finite [B], the long way: penalties, bias, noise where a row isn't greedy, then one argmax."""
+    """Tokens [B] and finite [B], the long way: penalties, bias, grammar, noise where not greedy, then one argmax."""
     logits = lax.cond(jnp.any(has_penalty(batch)), penalise, lambda x, *_: x, logits, batch, history)
     logits = lax.cond(jnp.any(has_bias(batch)), add_bias, lambda x, _: x, logits, batch)
+    logits = lax.cond(jnp.any(batch.masked), only_allowed, lambda x, *_: x, logits, batch.masked, allowed)
     finite = jnp.isfinite(logits.max(axis=-1))  # of NaN the maximum is NaN
     logits = jnp.where(finite[:, None], logits, 0.0)
     any_draw = jnp.any(batch.temperature >= GREEDY_BELOW)
@@ -351,15 +372,18 @@ def no_logprobs(
     wide = (tokens.shape[0], MAX_TOP_LOGPROBS)
     return jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(wide, jnp.int32), jnp.zeros(wide, jnp.float32)
 
-# %% ../../nbs/14_sampling.ipynb #7085a9c2
+# %% ../../nbs/14_sampling.ipynb #d82778f2
 def sample(
     logits: jax.Array,  # [B, V] float32 raw
     batch: SamplingBatch,  # what each row asks for
     history: jax.Array,  # [B, N] int32 the row's ids so far, garbage from positions on
+    allowed: jax.Array | None = None,  # [B, W] int32 bits of the tokens that masked rows may choose; None: any
 ) -> SampleOutput:
     """Choose each row's next token; a batch pays only for what one of its rows asks for."""
+    if allowed is None:
+        allowed = jnp.full((logits.shape[0], -(-logits.shape[1] // 32)), -1, jnp.int32)
     tokens, finite = lax.cond(
-        needs_choice(batch), choose, lambda logits, *_: argmax_tokens(logits), logits, batch, history
+        needs_choice(batch), choose, lambda logits, *_: argmax_tokens(logits), logits, batch, history, allowed
     )
     tokens = jnp.where(finite, tokens, 0)
     wanted = batch.want_logprobs & finite

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'FIELD_TYPES', 'MAX_LOGIT_BIAS', 'MAX_STOPS', 'MAX_STOP_CHARS', 'MAX_STOP_TOKEN_IDS', 'MAX_TOP_LOGPROBS',
-           'BOUNDS', 'ParamError', 'SamplingParams', 'resolve_name', 'convert_value', 'check_types', 'params_from_dict',
-           'Bound', 'check_bound', 'check_stops', 'check_token_ids', 'check_logit_bias', 'check_lengths', 'fold_seed']
+           'GRAMMARS', 'MAX_GRAMMAR_BYTES', 'BOUNDS', 'ParamError', 'SamplingParams', 'resolve_name', 'convert_value',
+           'check_types', 'params_from_dict', 'Bound', 'check_bound', 'check_stops', 'check_unicode', 'check_token_ids',
+           'check_logit_bias', 'check_grammars', 'check_lengths', 'fold_seed']
 
 # %% ../../nbs/06_sampling_params.ipynb #543dfa74
 """What a client may ask of the sampler, checked before the device sees it. No JAX here: the front end imports it."""
@@ -29,7 +30,7 @@ class ParamError(ValueError):
         super().__init__(f"{field} {message}")
         self.field = field
 
-# %% ../../nbs/06_sampling_params.ipynb #19419e46
+# %% ../../nbs/06_sampling_params.ipynb #b2d84b7f
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How one request wants its tokens chosen and when it wants to stop, under SGLang's names."""
 
@@ -50,6 +51,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     n: int = 1
+    json_schema: str | None = None  # what the answer must obey (chapter 32), at most one of the three
+    regex: str | None = None
+    ebnf: str | None = None
+
+    @property
+    def grammar(self) -> tuple[str, str] | None:
+        """What the answer must obey: the field that says it, and its text."""
+        return next(((name, text) for name in GRAMMARS if (text := getattr(self, name)) is not None), None)
 
     @classmethod
     def from_dict(
@@ -72,6 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.top_k != -1 and not 1 <= self.top_k < 2**31:
             raise ParamError("top_k", f"must be from 1 to {2**31 - 1}, or -1 to switch it off, got {self.top_k}")
         check_stops(self.stop)
+        check_grammars(self)
         check_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS, vocab_size)
         check_logit_bias(self.logit_bias or {}, vocab_size)
         check_lengths(self, context_len, prompt_len)
@@ -139,7 +149,7 @@ def params_from_dict(
     # null means "not set" to most clients; only max_new_tokens has a None that differs from its default
     return SamplingParams(**{f: value for f, value in fields.items() if value is not None or f == "max_new_tokens"})
 
-# %% ../../nbs/06_sampling_params.ipynb #886174d1
+# %% ../../nbs/06_sampling_params.ipynb #03528b48
 class Bound(NamedTuple):
     """An interval, closed unless `open_low`."""
 
@@ -149,6 +159,7 @@ class Bound(NamedTuple):
 
 
 MAX_LOGIT_BIAS, MAX_STOPS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS = 300, 16, 256, 16, 20
+GRAMMARS, MAX_GRAMMAR_BYTES = ("json_schema", "regex", "ebnf"), 1 << 16
 BOUNDS = {
     "temperature": Bound(0, 1_000_000),
     "top_p": Bound(0, 1, open_low=True),
@@ -174,7 +185,7 @@ def check_bound(
         least = "greater than" if bound.open_low else "at least"
         raise ParamError(field, f"must be {least} {bound.low} and at most {bound.high}, got {value}")
 
-# %% ../../nbs/06_sampling_params.ipynb #a544e471
+# %% ../../nbs/06_sampling_params.ipynb #2c623c47
 def check_stops(
     stops: list[str],  # strings that end the text
 ) -> None:
@@ -184,8 +195,16 @@ def check_stops(
     for stop in stops:
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             raise ParamError("stop", f"must hold strings of 1 to {MAX_STOP_CHARS} characters, got one of {len(stop)}")
-        if any("\ud800" <= char <= "\udfff" for char in stop):
-            raise ParamError("stop", "must be valid Unicode, got half of a surrogate pair")
+        check_unicode("stop", stop)
+
+
+def check_unicode(
+    field: str,  # the parameter's name
+    text: str,  # what it was given
+) -> None:
+    """Raise `ParamError` for half of a surrogate pair, which JSON can spell and UTF-8 can't."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ParamError(field, "must be valid Unicode, got half of a surrogate pair")
 
 
 def check_token_ids(
@@ -211,6 +230,20 @@ def check_logit_bias(
     check_token_ids("logit_bias", bias, MAX_LOGIT_BIAS, vocab_size)
     for value in bias.values():
         check_bound("logit_bias", value, Bound(-100, 100))
+
+# %% ../../nbs/06_sampling_params.ipynb #c690cabc
+def check_grammars(
+    params: SamplingParams,  # the request's
+) -> None:
+    """Raise `ParamError` for a second grammar, or one too long."""
+    given = [name for name in GRAMMARS if getattr(params, name) is not None]
+    for name in given:
+        text = getattr(params, name)
+        check_unicode(name, text)
+        if name != given[0]:
+            raise ParamError(name, f"can't be given together with {given[0]}")
+        if len(text.encode()) > MAX_GRAMMAR_BYTES:
+            raise ParamError(name, f"may have at most {MAX_GRAMMAR_BYTES} bytes, got {len(text.encode())}")
 
 # %% ../../nbs/06_sampling_params.ipynb #fe59fb89
 def check_lengths(

@@ -339,6 +339,7 @@ CHILD_ENV = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # two plans at once
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",  # whoever starts it may compile quickly, as our tests do
 }
 MISSING = 'plan needs the TPU compiler, libtpu: pip install "tpu-mini-sglang[tpu]"'
 
