@@ -62,41 +62,41 @@ def first_state(
     column = (*shape[:2], 1)
     return jnp.full(column, MASKED, jnp.float32), jnp.zeros(column, jnp.float32), jnp.zeros(shape, jnp.float32)
 
-# %% ../../nbs/10b_pallas.ipynb #c0ed156e
+# %% ../../nbs/10b_pallas.ipynb #b2a1fa42
 def page_per_step_kernel(
     table_ref: Any,  # [B, M] page ids, in SMEM
     lens_ref: Any,  # [B] tokens of each row, in SMEM
-    q_ref: Any,  # [1, K, G, W] the row's queries, in VMEM
-    kv_ref: Any,  # [1, K, S, 2*D] the row's j-th page, in VMEM: the index map chose it
-    out_ref: Any,  # [1, K, G, W] the row's output, in VMEM
-    top_ref: Any,  # [K, G, 1] scratch: running maximum
-    sum_ref: Any,  # [K, G, 1] scratch: running sum
-    acc_ref: Any,  # [K, G, W] scratch: running output
-    *,
-    window: int | None,  # keys further back than this are not seen
-    softcap: float | None,  # scores are squashed to (-softcap, softcap)
+    q_ref: Any,  # [1, 1, G, W] the row's queries of one KV head's group, in VMEM
+    kv_ref: Any,  # [1, 1, S, 2*D] that head of the row's j-th page, in VMEM: the index map chose it
+    out_ref: Any,  # [1, 1, G, W] the group's output, in VMEM
+    top_ref: Any,  # [G, 1] scratch: running maximum
+    sum_ref: Any,  # [G, 1] scratch: running sum
+    acc_ref: Any,  # [G, W] scratch: running output
 ) -> None:
-    """The plain kernel: grid (rows, pages of the table), one page a step, fetched by Pallas."""
-    row, j = pl.program_id(0), pl.program_id(1)
-    refs, length, size = (top_ref, sum_ref, acc_ref), lens_ref[row], kv_ref.shape[2]
+    """The plain kernel: grid (rows, KV heads, pages of the table), one head of a page a step, fetched by Pallas."""
+    length, j, (size, width) = lens_ref[pl.program_id(0)], pl.program_id(2), (kv_ref.shape[2], q_ref.shape[3])
+    product = partial(lax.dot_general, preferred_element_type=jnp.float32)
 
     @pl.when(j == 0)
     def start() -> None:
-        for ref, value in zip(refs, first_state(acc_ref.shape), strict=True):
-            ref[...] = value
+        for ref, value in zip((top_ref, sum_ref, acc_ref), (MASKED, 0.0, 0.0), strict=True):
+            ref[...] = jnp.full(ref.shape, value, jnp.float32)
 
     @pl.when(j * size < length)
     def take_in() -> None:
-        live = j * size + lax.broadcasted_iota(jnp.int32, (1, size, 1), 1) < length
-        kv = jnp.where(live, kv_ref[0], jnp.zeros_like(kv_ref[0]))
-        begin = None if window is None else length - window
-        new = attend_tile((top_ref[...], sum_ref[...], acc_ref[...]), q_ref[0], kv, j * size, begin, length, softcap)
-        for ref, value in zip(refs, new, strict=True):
-            ref[...] = value
+        slot = partial(lax.broadcasted_iota, jnp.int32)
+        kv = jnp.where(j * size + slot((size, 1), 0) < length, kv_ref[0, 0].astype(jnp.float32), 0.0)
+        scores = product(q_ref[0, 0].astype(jnp.float32), kv[:, :width], (((1,), (1,)), ((), ())))
+        scores = jnp.where(j * size + slot(scores.shape, 1) < length, scores, MASKED)
+        top = jnp.maximum(top_ref[...], scores.max(axis=1, keepdims=True))
+        weights, decay = jnp.exp(scores - top), jnp.exp(top_ref[...] - top)
+        acc_ref[...] = decay * acc_ref[...] + product(weights, kv[:, -width:], (((1,), (0,)), ((), ())))
+        sum_ref[...] = decay * sum_ref[...] + weights.sum(axis=1, keepdims=True)
+        top_ref[...] = top
 
-    @pl.when(j == pl.num_programs(1) - 1)
+    @pl.when(j == pl.num_programs(2) - 1)
     def finish() -> None:
-        out_ref[0] = (acc_ref[...] / jnp.where(length > 0, sum_ref[...], 1.0)).astype(out_ref.dtype)
+        out_ref[0, 0] = (acc_ref[...] / jnp.where(length > 0, sum_ref[...], 1.0)).astype(out_ref.dtype)
 
 # %% ../../nbs/10b_pallas.ipynb #d77a5428
 LANES, SUBLANES = 128, 8  # of a TPU register
@@ -121,7 +121,7 @@ def narrow_output(
     _, q_heads, dim = q.shape
     return out[:, :, : q_heads // out.shape[1], -dim:].reshape(q.shape)
 
-# %% ../../nbs/10b_pallas.ipynb #6899bd5e
+# %% ../../nbs/10b_pallas.ipynb #9aa8927b
 def page_per_step_decode(
     q: jax.Array,  # [B, Q, D] one query a row
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool
@@ -129,29 +129,25 @@ def page_per_step_decode(
     kv_lens: jax.Array,  # [B] tokens of each row; 0 for rows to skip
     *,
     scale: float,  # multiplies the scores
-    window: int | None = None,  # keys further back than this are not seen
-    softcap: float | None = None,  # scores are squashed to (-softcap, softcap)
     interpret: Any = False,  # True or pltpu.InterpretParams(): run on a CPU
 ) -> jax.Array:
-    """Paged decode attention, [B, Q, D], one page a grid step: short, right and slow."""
+    """Paged decode attention, [B, Q, D], one head of one page a grid step: short, right and slow."""
     kv_pages = from_pages(kv_pages, q.dtype)
-    _, heads, size, width = kv_pages.shape
+    _, heads, size, lanes = kv_pages.shape
     wide = widen_queries(q, heads, scale)
-    rows, _, group, _ = wide.shape
-    row_block = pl.BlockSpec((1, heads, group, width), lambda b, j, table, lens: (b, 0, 0, 0))
-    page_block = pl.BlockSpec((1, heads, size, width), lambda b, j, table, lens: (table[b, j], 0, 0, 0))
-    column = pltpu.VMEM((heads, group, 1), jnp.float32)
+    rows, _, group, width = wide.shape
+    own_block = pl.BlockSpec((1, 1, group, width), lambda b, h, j, table, lens: (b, h, 0, 0))
+    page_block = pl.BlockSpec((1, 1, size, lanes), lambda b, h, j, table, lens: (table[b, j], h, 0, 0))
+    column = pltpu.VMEM((group, 1), jnp.float32)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(rows, page_table.shape[1]),
-        in_specs=[row_block, page_block],
-        out_specs=row_block,
-        scratch_shapes=[column, column, pltpu.VMEM((heads, group, width), jnp.float32)],
+        grid=(rows, heads, page_table.shape[1]),
+        in_specs=[own_block, page_block],
+        out_specs=own_block,
+        scratch_shapes=[column, column, pltpu.VMEM((group, width), jnp.float32)],
     )
-    kernel = partial(page_per_step_kernel, window=window, softcap=softcap)
-    call = pl.pallas_call(
-        kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct(wide.shape, q.dtype), interpret=interpret
-    )
+    shape = jax.ShapeDtypeStruct(wide.shape, q.dtype)
+    call = pl.pallas_call(page_per_step_kernel, grid_spec=grid, out_shape=shape, interpret=interpret)
     return narrow_output(call(page_table, kv_lens, wide, kv_pages), q)
 
 # %% ../../nbs/10b_pallas.ipynb #df3f11b7
