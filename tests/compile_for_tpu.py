@@ -92,19 +92,20 @@ def compile_case(mesh, step, dim, page_size, dtype, kv_dtype, heads, kv_heads, r
     return {"seconds": round(time.perf_counter() - begun, 1), "temp_bytes": temp, "pool_bytes": pool}
 
 
-def configurations(everything):
-    """Kernel, head size, page size, dtypes of queries and pool, and heads, of what is compiled."""
+def configurations(how_many):
+    """Kernel, head size, page size, dtypes of queries and pool, and heads, of what is compiled: all, some or few."""
     dims, sizes, heads = (64, 128, 256), (16, 32, 64, 128, 256), ((32, 8),)  # 80 and 96 are stored as 128
     kinds = [(q, kv) for q in ("bfloat16", "float32") for kv in (q, "int8", "float8_e4m3fn")]
-    if not everything:  # every head size, every page size, every dtype and every kernel at least once
-        few = [(64, 16, "bfloat16", "bfloat16", (9, 3)), (80, 32, "float32", "int8", (32, 8))]
-        few += [(96, 16, "bfloat16", "float8_e4m3fn", (8, 8)), (128, 16, "bfloat16", "bfloat16", (32, 8))]
-        few += [(128, 64, "bfloat16", "int8", (4, 1)), (128, 128, "float32", "float32", (32, 8))]
-        few += [(256, 256, "bfloat16", "bfloat16", (32, 8)), (64, 16, "float32", "bfloat16", (9, 3))]
+    if how_many != "all":  # some: every head size, every page size, every dtype and every kernel at least once
+        some = [(64, 16, "bfloat16", "bfloat16", (9, 3)), (80, 32, "float32", "int8", (32, 8))]
+        some += [(96, 16, "bfloat16", "float8_e4m3fn", (8, 8)), (128, 16, "bfloat16", "bfloat16", (32, 8))]
+        some += [(128, 64, "bfloat16", "int8", (4, 1)), (128, 128, "float32", "float32", (32, 8))]
+        some += [(256, 256, "bfloat16", "bfloat16", (32, 8)), (64, 16, "float32", "bfloat16", (9, 3))]
         beyond = [(128, 16, "float16", "float16", (32, 8), TABLE), (64, 2, "bfloat16", "bfloat16", (9, 3), TABLE)]
         beyond += [(256, 256, "float32", "float32", (32, 8), TABLE)]
         beyond += [(128, 16, "bfloat16", "bfloat16", (32, 8), (64, 8192))]  # what some compiler refuses
-        cases = [(*case, TABLE) for case in few] + beyond
+        cases = [(*case, TABLE) for case in some] + beyond
+        cases = cases[2::3] if how_many == "few" else cases
         return [(step, *case[:4], *case[4], *case[5]) for case in cases for step in STEPS]
     rest = product(dims, sizes, kinds, heads, STEPS)
     same = ("float32", "int8"), ("float32", "float8_e4m3fn")  # to the write, which knows the pool's dtype alone
@@ -116,15 +117,16 @@ def main():
     """Every case for each generation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("generations", nargs="*", default=["v5e:2x2"])
-    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--all", dest="how_many", action="store_const", const="all", default="some")
+    parser.add_argument("--few", dest="how_many", action="store_const", const="few")
     given = parser.parse_args()
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     for name in given.generations:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
         mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-        for case in configurations(given.all):
+        for case in configurations(given.how_many):
             keys = ("kernel", "head_dim", "page_size", "dtype", "kv_dtype", "q_heads", "kv_heads", "rows", "row_pages")
-            about = {"tpu": name, "full": given.all, **dict(zip(keys, case, strict=True)), **versions}
+            about = {"tpu": name, "full": given.how_many == "all", **dict(zip(keys, case, strict=True)), **versions}
             print(json.dumps(about | compile_case(mesh, *case)), flush=True)
 
 
