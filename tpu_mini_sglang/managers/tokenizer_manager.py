@@ -18,6 +18,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -77,6 +78,8 @@ class Limits:
     vocab_size: int  # token ids lie in [0, vocab_size)
     context_len: int  # prompt and answer together, in tokens
     max_pending: int = 1024  # requests that may wait or run at once
+    tool_call_parser: str | None = None  # how the model writes calls (chapter 38c); None: as its template says
+    reasoning_parser: str | None = None  # how it marks its thinking (chapter 38b); None: that is text as any other
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #9f3d9f1a
 def check_prompt(
@@ -380,12 +383,15 @@ class TokenizerDesk(AbortingTable):
     async def chat(
         self,
         messages: list[dict[str, Any]],  # OpenAI's shape, contents as text
-    ) -> list[int]:
-        """The prompt's token ids, by the model's chat template."""
+        **variables: Any,  # more for the template
+    ) -> tuple[str, list[int]]:
+        """The prompt by the model's chat template, and its token ids."""
         loop = asyncio.get_running_loop()
         try:
-            text = await loop.run_in_executor(self.renderer, self.templates.render, messages)
-            return await self.in_worker(self.tokenizer.encode, text, False)  # the template writes BOS where it belongs
+            render = partial(self.templates.render, messages, **variables)
+            text = await loop.run_in_executor(self.renderer, render)
+            # the template writes BOS where it belongs
+            return text, await self.in_worker(self.tokenizer.encode, text, False)
         except (TemplateError, TextError) as error:
             raise RequestError(f"messages: {error}", param="messages") from None
 
