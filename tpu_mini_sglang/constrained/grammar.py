@@ -39,7 +39,9 @@ def translate(
             text = json.dumps(json.loads(text))  # what goes on is one JSON value, whatever came
         if field == "json_schema":
             return LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": WHITESPACE})
-        return grammar_from(field, text)
+        if field == "ebnf":
+            return json.dumps({"grammars": [{"lark_grammar": grammar_from("ebnf", text)}]})
+        return grammar_from("regex", text) if field == "regex" else text
     except (ValueError, RecursionError) as error:
         raise ParamError(field, f"can't be read: {first_line(error)}") from None
 

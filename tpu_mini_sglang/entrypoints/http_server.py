@@ -32,6 +32,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
+from .chat import open_chat
 from .engine import collect, make_inputs, stream
 from .metrics import CONTENT_TYPE, Metrics, log_request
 from tpu_mini_sglang.entrypoints.openai import (
@@ -41,7 +42,6 @@ from tpu_mini_sglang.entrypoints.openai import (
     drop_unsupported,
     error_body,
     model_card,
-    open_chat,
     open_completion,
 )
 from ..managers.io_struct import FlushCacheReq, ProfileReq, StatsReq
