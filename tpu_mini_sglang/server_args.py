@@ -174,6 +174,9 @@ class ServerArgs(Flags):
     max_running_requests: int = flag(64, "requests computed together in one step", bounds=(1, 4096))
     chunked_prefill_size: int = flag(512, "most prompt tokens a step, a multiple of a page", bounds=(1, 1 << 20))
     schedule_policy: str = flag("fcfs", "first come, or longest cached prefix first", choices=("fcfs", "lpm"))
+    schedule_conservativeness: float = flag(
+        1.0, "memory kept free for answers under way; less: fuller, more retractions", bounds=(0.0, 10.0)
+    )
     disable_radix_cache: bool = flag(False, "compute every prompt from its first token")
     disable_overlap_schedule: bool = flag(False, "plan a step only when the one before it has been read")
 

@@ -285,6 +285,7 @@ def limits_of(
         overlap=not args.disable_overlap_schedule,
         waiting_timeout=args.req_waiting_timeout or math.inf,
         running_timeout=args.req_running_timeout or math.inf,
+        conservativeness=args.schedule_conservativeness,
     )
 
 # %% ../../nbs/30b_startup.ipynb #9d8e2371
