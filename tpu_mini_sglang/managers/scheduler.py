@@ -40,6 +40,7 @@ from tpu_mini_sglang.managers.schedule_batch import (
     accept_token,
     attach_prefix,
     detach,
+    discard,
     forget_pages,
     grow,
     how_it_goes_on,
@@ -195,11 +196,15 @@ def add(state: SchedulerState, spec: GenerateReq) -> list[Message]:
     return []
 
 # %% ../../nbs/30_scheduler.ipynb #dd39f683
-def remove(state: SchedulerState, req: Req) -> None:
+def remove(
+    state: SchedulerState,
+    req: Req,
+    give_back: Callable[[RequestMemory, Req], None] = detach,  # what becomes of its pages
+) -> None:
     """Take a request out of wherever it is, and its pages back."""
     if req in state.running:
         state.running.remove(req)
-        detach(state.memory_of(req), req)
+        give_back(state.memory_of(req), req)
     else:
         state.waiting.remove(req)
 
@@ -418,7 +423,7 @@ def take_token(
     accept_token(req, out, b)
     state.counters.output_tokens += bool(out.finite[b])
     if req.finish:
-        remove(state, req)
+        remove(state, req, detach if out.finite[b] else discard)
 
 # %% ../../nbs/30_scheduler.ipynb #0e1d1787
 def recover(
