@@ -118,7 +118,9 @@ def test_a_client_who_leaves_frees_everything(server: Server, stream: bool, phas
     """In time measured in the scheduler's own steps, which are slow here: a few after the departure."""
     long = {"text": "x", "sampling_params": {"max_new_tokens": 250, "ignore_eos": True}, "stream": stream}
     body, (host, port) = json.dumps(long).encode(), server.url.removeprefix("http://").split(":")
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     server.plant(slow=0.05)
     clients = [socket.create_connection((host, int(port))) for _ in range(9 if phase == "waiting" else 1)]
     for client in clients:

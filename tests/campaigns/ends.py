@@ -86,5 +86,3 @@ def problems(figures: dict[str, Any]) -> list[str]:
             bad += [] if end["answered"] + end["errors"] == CLIENTS else ["not everybody heard of it"]
             found += [f"{name}: {', '.join(bad)}"] if bad else []
     return found
-
-

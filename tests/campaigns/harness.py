@@ -108,6 +108,11 @@ class Server:
             sizes[name] = 1024 * int(text.split("Pss:")[1].split()[0])
         return sizes
 
+    def loop_seconds(self) -> float:
+        """CPU time of the front end's main thread, where the event loop runs; a busy machine doesn't change it."""
+        fields = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat").read_text().rsplit(")")[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def family(self) -> set[int]:
         """Every living process that this server started, whoever its parent is now: their temporary folder is ours."""
         mark, found = f"TMPDIR={self.folder}".encode(), set()

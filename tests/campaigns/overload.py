@@ -29,7 +29,9 @@ class Raw:
             start, data, peer = time.perf_counter(), json.dumps(body).encode(), h11.Connection(h11.CLIENT)
             headers = [("Host", "x"), ("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
             request = h11.Request(method="POST", target="/generate", headers=[*headers, ("Connection", "close")])
-            writer.write(b"".join(peer.send(part) or b"" for part in (request, h11.Data(data=data), h11.EndOfMessage())))
+            writer.write(
+                b"".join(peer.send(part) or b"" for part in (request, h11.Data(data=data), h11.EndOfMessage()))
+            )
             status, got, received = 0, {}, b""
             while True:
                 event = peer.next_event()
@@ -130,4 +132,6 @@ def problems(figures: dict[str, Any], p99_ms: float = 100.0, goodput: float = 0.
     found += [] if figures["refused"] else ["nobody was refused: this was no overload"]
     if figures["refusal, ms"]["p99"] > p99_ms:
         found.append(f"refusals took {figures['refusal, ms']['p99']} ms at the 99th percentile")
-    return found + ([] if figures["goodput / capacity"] >= goodput else [f"goodput {figures['goodput / capacity']:.0%}"])
+    return found + (
+        [] if figures["goodput / capacity"] >= goodput else [f"goodput {figures['goodput / capacity']:.0%}"]
+    )

@@ -100,7 +100,9 @@ class Faulty:
         if self.take("lose_token") and message.finish is None:
             return TokenOut(message.rid, message.token_ids[:-1], *list_tail(message))
         if message.cached_tokens and self.take("wrong_when_cached"):
-            return TokenOut(message.rid, [*message.token_ids[:-1], (message.token_ids[-1] + 1) % 256], *list_tail(message))
+            return TokenOut(
+                message.rid, [*message.token_ids[:-1], (message.token_ids[-1] + 1) % 256], *list_tail(message)
+            )
         return message
 
     def take(self, fault: str) -> bool:
@@ -145,7 +147,6 @@ class Faulty:
 
         scheduler.allowed_tokens = faulty
 
-
     def wrap_pages(self) -> None:
         """At every n-th step the first request to go on finds no pages, as if there were none."""
         from tpu_mini_sglang.managers import scheduler
@@ -183,7 +184,11 @@ def faulty_front(args: ServerArgs) -> Any:
     """The front end's half; the patches look at the faults whenever they are called."""
     faults = Faults()
     listen("front", faults)
-    error_response, parse_json, child_ended = http_server.error_response, http_server.parse_json, launch_server.child_ended
+    error_response, parse_json, child_ended = (
+        http_server.error_response,
+        http_server.parse_json,
+        launch_server.child_ended,
+    )
 
     class Never(http_server.Response):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
