@@ -1,4 +1,4 @@
-"""What a server of a real (tiny) model survives: a poisoned request, a device that fails, one that hangs, rude clients."""
+"""What a server of a real (tiny) model survives: NaN, a device that fails, one that hangs, rude clients."""
 
 import asyncio
 import json

@@ -38,7 +38,8 @@ def bodies() -> dict[str, tuple[str, bytes, dict[str, str]]]:
         "not UTF-8": b'{"text": "\xff"}', "half a character": b'{"text": "\\ud800", "prompt": "\\udfff"}',
         "NaN": b'{"prompt": "x", "temperature": NaN}', "Infinity": b'{"text": "x", "n": Infinity}',
         "1e999": b'{"prompt": "x", "temperature": 1e999}', "same key twice": b'{"text": "x", "text": "y"}',
-        "deep nesting": b"[" * 200_000, "deep objects": b'{"a":' * 50_000, "huge integer": b'{"text": ' + b"1" * 9999 + b"}",
+        "deep nesting": b"[" * 200_000, "deep objects": b'{"a":' * 50_000,
+        "huge integer": b'{"text": ' + b"1" * 9999 + b"}",
         "a NUL": b'{"text": \x00}', "many keys": json.dumps({f"k{i}": i for i in range(100_000)}).encode(),
         "a long key": json.dumps({"k" * 1_000_000: 1}).encode(), "too large": b" " * (5 << 20),
     }  # fmt: skip
@@ -67,7 +68,8 @@ def bodies() -> dict[str, tuple[str, bytes, dict[str, str]]]:
         "out of range": {"input_ids": [258]}, "negative": {"input_ids": [-1]}, "a boolean": {"input_ids": [True]},
         "floats": {"input_ids": [1.5] * 100_000}, "mixed": {"input_ids": [[1], 2]}, "empty text": {"text": ""},
         "many texts": {"text": ["x"] * 100_000}, "params as a list": {"text": "x", "sampling_params": [{}, {}]},
-        "a long text": {"text": "x" * 4_000_000}, "rid a number": {"text": "x", "rid": 5}, "salt": {"text": "x", "cache_salt": "s" * 300},
+        "a long text": {"text": "x" * 4_000_000}, "rid a number": {"text": "x", "rid": 5},
+        "salt": {"text": "x", "cache_salt": "s" * 300},
         "top without logprobs": {"text": "x", "top_logprobs_num": 3}, "stream a word": {"text": "x", "stream": "yes"},
         "a stream refused": {"text": "", "stream": True}, "params null": {"text": "x", "sampling_params": "x"},
     }  # fmt: skip
@@ -80,8 +82,11 @@ def bodies() -> dict[str, tuple[str, bytes, dict[str, str]]]:
         if value != "x" and value is not None:
             add(f"prompt {i}", text, {"prompt": value})
     parts = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
-    for name, content in {"an image": [parts], "a file": [{"type": "file", "file": {"file_id": "x"}}], "audio": [{"type": "input_audio"}],
-                          "a part of nothing": [{}], "a number": 5, "many parts": [1] * 100_000}.items():  # fmt: skip
+    contents: dict[str, Any] = {
+        "an image": [parts], "a file": [{"type": "file", "file": {"file_id": "x"}}], "audio": [{"type": "input_audio"}],
+        "a part of nothing": [{}], "a number": 5, "many parts": [1] * 100_000,
+    }  # fmt: skip
+    for name, content in contents.items():
         add(name, chat, {"messages": [{"role": "user", "content": content}]})
     add("unknown role", chat, {"messages": [{"role": "boss", "content": "x"}]})
     add("another model", chat, least[chat] | {"model": "../../etc/passwd"})
@@ -96,7 +101,8 @@ RAW = {
     "not HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     "length minus one": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n{}",
     "two lengths": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}x",
-    "length and chunks": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "length and chunks": b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a bad chunk": b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
     "no host": b"GET /health HTTP/1.1\r\n\r\n",
     "a long header": b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n",
@@ -195,7 +201,8 @@ async def curated(server: Server, tell: Any = print) -> dict[str, Any]:
         await try_all(server, inputs, judge)
     tell(f"{judge.count} curated inputs: {len(judge.bad)} wrong")
     return {"inputs": judge.count, "wrong": judge.bad[:20], "count wrong": len(judge.bad), "statuses": judge.statuses,
-            "slowest /health, s": round(judge.slowest, 3), "dearest for the event loop, CPU s": judge.dearest}  # fmt: skip
+            "slowest /health, s": round(judge.slowest, 3),
+            "dearest for the event loop, CPU s": judge.dearest}  # fmt: skip
 
 
 async def try_all(server: Server, inputs: dict[str, tuple[str, bytes, dict[str, str]]], judge: Judge) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from .harness import Answer, Client, Server, client_of, eventually, random_body
 
 CLIENTS = 24  # of which 8 run and 16 wait
-LONG = {"max_new_tokens": 200, "ignore_eos": True}
+LONG = {"max_new_tokens": 120, "ignore_eos": True}
 
 
 async def patient(client: Client, i: int, ends: list[tuple[float, Answer | str]], stream: bool) -> None:
@@ -24,19 +24,20 @@ async def patient(client: Client, i: int, ends: list[tuple[float, Answer | str]]
     ends.append((time.monotonic(), answer))
 
 
-async def one(model: Path, sign: int, grace: float, again: bool = False) -> dict[str, Any]:
+async def one(
+    model: Path, sign: int, grace: float, again: bool = False, faults: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Start, load, send the signal, and look at what is left."""
     server = await asyncio.to_thread(Server, model, shutdown_timeout=grace)
-    server.plant(slow=0.05)
+    server.plant(slow=0.1, **(faults or {}))
     ends: list[tuple[float, Answer | str]] = []
     try:
         async with client_of(server) as client:
             tasks = [asyncio.ensure_future(patient(client, i, ends, i % 2 == 0)) for i in range(CLIENTS)]
             busy = lambda: server.info()["running"] == 8 and server.info()["pending"] == CLIENTS  # noqa: E731
             assert await asyncio.to_thread(eventually, busy, 60), server.info()
-            server.plant(deaf=True) if sign == 0 else None
-            victim = server.pids["scheduler"] if sign in (signal.SIGKILL, 0) else server.process.pid
-            os.kill(victim, sign or signal.SIGKILL)
+            victim = server.pids["scheduler"] if sign == signal.SIGKILL else server.process.pid
+            os.kill(victim, sign)
             begin = time.monotonic()
             if again:
                 await asyncio.to_thread(eventually, lambda: "shutting down" in "".join(server.lines[-50:]))

@@ -1,4 +1,4 @@
-"""What the campaigns have in common: a tiny model, a server of it that can be spoilt, a client, and the oracle of pages."""
+"""What the campaigns share: a tiny model, a server of it that can be spoilt, a client, the oracle of pages."""
 
 import asyncio
 import json

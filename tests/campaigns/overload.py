@@ -73,13 +73,13 @@ async def closed_loop(raw: Raw, seconds: float, at_once: int) -> float:
     return answered / seconds
 
 
-async def open_loop(raw: Raw, seconds: float, rate: float) -> list[tuple[int, Any, float, float]]:
+async def open_loop(raw: Raw, seconds: float, rate: float, patience: float) -> list[tuple[int, Any, float, float]]:
     """Requests at a fixed rate; (number, outcome, seconds it took, when it ended) of each."""
     begin, results = time.perf_counter(), []
 
     async def one(i: int) -> None:
         try:
-            outcome = await asyncio.wait_for(raw.ask(body_of(i)), 60)
+            outcome = await asyncio.wait_for(raw.ask(body_of(i)), patience)
             results.append((i, outcome, outcome[3], time.perf_counter() - begin))
         except Exception as error:
             results.append((i, repr(error), 0.0, time.perf_counter() - begin))
@@ -97,7 +97,7 @@ def percentile(values: list[float], p: float) -> float:
     return sorted(values)[min(len(values) - 1, int(p / 100 * len(values)))] if values else 0.0
 
 
-async def run(server: Server, seconds: float, tell: Any = print) -> dict[str, Any]:
+async def run(server: Server, seconds: float, tell: Any = print, patience: float = 60) -> dict[str, Any]:
     """Capacity, then ten times as much."""
     raw = Raw(server.url)
     right = {i: (await raw.ask(body_of(i)))[2]["output_ids"] for i in range(50)}
@@ -105,7 +105,7 @@ async def run(server: Server, seconds: float, tell: Any = print) -> dict[str, An
     try:
         capacity = await closed_loop(raw, seconds, QUEUE // 2 + 8)
         tell(f"capacity: {capacity:.1f} answers/s")
-        results = await open_loop(raw, seconds, 10 * capacity)
+        results = await open_loop(raw, seconds, 10 * capacity, patience)
     finally:
         server.plant(slow=None)
     broken = [outcome for _, outcome, _, _ in results if isinstance(outcome, str)]

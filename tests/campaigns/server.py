@@ -1,8 +1,9 @@
 """The real server of a real (tiny, random) model, started by a test that can plant faults in it while it runs.
 
-`server.py MODEL FOLDER [FIELD=VALUE]...`, fields of ServerArgs with values in JSON. The two processes that can be made
-to fail, the front end and the scheduler, each listen at a socket in FOLDER for a line of JSON: faults by name. No route,
-flag or environment variable of the released server leads here: this file is the only way, and it is not in the package.
+`server.py MODEL FOLDER [FIELD=VALUE]...`, fields of ServerArgs with values in JSON. The two processes that can be
+made to fail, the front end and the scheduler, each listen at a socket in FOLDER for a line of JSON: faults by name.
+No route, flag or environment variable of the released server leads here: this file is the only way, and it is not in
+the package.
 """
 
 import asyncio
@@ -72,9 +73,12 @@ class Faulty:
         if "slow" in self.faults and self.state.running:
             time.sleep(self.faults["slow"])
         if "leak_memory" in self.faults and self.has_work:
-            self.hoard.append(bytearray(b"x" * self.faults["leak_memory"]))
-        if "leak_page" in self.faults and self.state.running and self.faults.pop("leak_page"):
-            self.hoard.append(self.state.memories[0].allocator.alloc(1))
+            self.hoard.append(b"x" * self.faults["leak_memory"])
+        if "leak_page" in self.faults and self.state.running:
+            page = self.state.memories[0].allocator.alloc(1)
+            self.hoard.append(page)
+            if page is not None:
+                del self.faults["leak_page"]
         self.spoil_cache()
         out = self.core.step(incoming)
         return [self.spoil(message) for message in out]
@@ -207,8 +211,10 @@ def faulty_front(args: ServerArgs) -> Any:
             child_ended(front, child)
 
     def forgetful(table: AbortingTable, call: Any) -> None:
-        if not faults.get("leak_slot"):
-            close(table, call)
+        left = [wire for wire, (c, _) in table.live.items() if c is call]
+        close(table, call)
+        if left and faults.get("leak_slot"):
+            table.live[f"never removed: {left[0]}"] = call, 0
 
     close = AbortingTable.close
     AbortingTable.close = forgetful  # type: ignore[method-assign]

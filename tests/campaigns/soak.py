@@ -5,6 +5,8 @@ import random
 from collections import Counter
 from typing import Any
 
+import httpx
+
 from .harness import Body, Client, Server, client_of, eventually, random_body
 
 AT_ONCE = 16
@@ -60,13 +62,12 @@ async def run(server: Server, count: int, warm_up: int, tell: Any = print) -> di
     memory.append(server.resident())
     growth = {name: round(size / memory[0][name] - 1, 4) for name, size in memory[-1].items()}
     left = server.left_over()
-    import httpx
-
     flushed = httpx.post(server.url + "/flush_cache", timeout=30).json()["success"]
     info = server.info()
     left["pages after a flush"] = info["total_pages"] - info["free_pages"]
-    return {"requests": count + warm_up, "warm-up": warm_up, "outcomes": dict(seen), "left over": left, "growth": growth,
-            "idle": idle, "flushed": flushed, "resident, MB": [{k: v >> 20 for k, v in m.items()} for m in memory]}  # fmt: skip
+    megabytes = [{name: size >> 20 for name, size in sizes.items()} for sizes in memory]
+    return {"requests": count + warm_up, "warm-up": warm_up, "outcomes": dict(seen), "left over": left,
+            "growth": growth, "idle": idle, "flushed": flushed, "resident, MB": megabytes}  # fmt: skip
 
 
 def problems(figures: dict[str, Any], most_growth: float = 0.05) -> list[str]:

@@ -27,6 +27,7 @@ from dataclasses import asdict
 from typing import Any
 
 import h11
+import msgspec
 from fastapi import FastAPI, Request, Response
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -107,16 +108,18 @@ def check_size(
     value: Any,  # parsed JSON
 ) -> None:
     """ValueError for more than anybody needs: what is wrong with each key and item would be looked for one by one."""
-    todo, keys = [value], 0
+    todo, keys = [("", value)], 0
     while todo:
-        item = todo.pop()
+        name, item = todo.pop()
         if isinstance(item, dict):
-            keys += len(item)
-        elif set(map(type, item)) == {int}:
+            keys, parts = keys + len(item), list(item.items())
+        elif name in ("prompt", "input_ids") and set(map(type, item)) == {int}:
             continue
         elif len(item) > MAX_ITEMS:
             raise ValueError(f"a list that is not of token ids has more than {MAX_ITEMS} items")
-        todo += [v for v in (item.values() if isinstance(item, dict) else item) if isinstance(v, dict | list)]
+        else:
+            parts = [(name, part) for part in item]
+        todo += [(name, part) for name, part in parts if isinstance(part, dict | list)]
     if keys > MAX_KEYS:
         raise ValueError(f"there are more than {MAX_KEYS} keys")
 
@@ -165,8 +168,7 @@ def json_response(
     headers: dict[str, str] | None = None,  # more of them
 ) -> Response:
     """JSON."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return Response(text.encode(), status, headers, "application/json")
+    return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
@@ -218,7 +220,7 @@ def event(
     value: Any,  # finite numbers, text
 ) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 # %% ../../nbs/40_server.ipynb #72e43b9a
 class EventStream(Response):
