@@ -143,6 +143,10 @@ class ServerArgs(Flags):
         300.0, "seconds of silence after which a process is not ready and its stacks are logged", bounds=(3.0, 86400.0)
     )
     profile_dir: str | None = flag(None, "where /start_profile writes traces (default: it is refused)")
+    log_requests: bool = flag(False, "the log line of each request says what was asked")
+    log_requests_level: int = flag(
+        2, "1: parameters; 2: and the beginning of prompt and answer; 3: and all of them", bounds=(0, 3)
+    )
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
     tp_size: int | None = flag(
