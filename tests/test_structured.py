@@ -43,7 +43,8 @@ def grammars() -> Grammars:
 
 
 def new_scheduler(runner: ModelRunner, grammars: Grammars) -> Scheduler:
-    return Scheduler(runner, Limits(512, TINY.vocab_size, (EOS,), CHUNK, ROWS, overlap=True), grammars)
+    limits = Limits(512, TINY.vocab_size, (EOS,), CHUNK, ROWS, overlap=True, conservativeness=0)  # until pages run out
+    return Scheduler(runner, limits, grammars)
 
 
 class Kind:

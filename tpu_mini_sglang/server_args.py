@@ -152,6 +152,10 @@ class ServerArgs(Flags):
         300.0, "seconds of silence after which a process is not ready and its stacks are logged", bounds=(3.0, 86400.0)
     )
     profile_dir: str | None = flag(None, "where /start_profile writes traces (default: it is refused)")
+    log_requests: bool = flag(False, "the log line of each request says what was asked")
+    log_requests_level: int = flag(
+        2, "1: parameters; 2: and the beginning of prompt and answer; 3: and all of them", bounds=(0, 3)
+    )
     log_level: str = flag("info", "least important messages to log", choices=("debug", "info", "warning", "error"))
 
     tp_size: int | None = flag(
@@ -183,6 +187,9 @@ class ServerArgs(Flags):
     max_running_requests: int = flag(64, "requests computed together in one step", bounds=(1, 4096))
     chunked_prefill_size: int = flag(512, "most prompt tokens a step, a multiple of a page", bounds=(1, 1 << 20))
     schedule_policy: str = flag("fcfs", "first come, or longest cached prefix first", choices=("fcfs", "lpm"))
+    schedule_conservativeness: float = flag(
+        1.0, "memory kept free for answers under way; less: fuller, more retractions", bounds=(0.0, 10.0)
+    )
     disable_radix_cache: bool = flag(False, "compute every prompt from its first token")
     disable_overlap_schedule: bool = flag(False, "plan a step only when the one before it has been read")
 

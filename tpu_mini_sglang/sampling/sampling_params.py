@@ -107,9 +107,10 @@ def resolve_name(
     """The field that a client's name means; `ParamError` with the nearest known name otherwise."""
     field = ALIASES.get(name, name)
     if field not in FIELD_TYPES:
-        near = difflib.get_close_matches(str(name), [*FIELD_TYPES, *ALIASES], n=1)
+        name = str(name)[:100]  # to look for likely names takes time, and the message goes back
+        near = difflib.get_close_matches(name, [*FIELD_TYPES, *ALIASES], n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(FIELD_TYPES)}"
-        raise ParamError(str(name), f"is not a sampling parameter{hint}")
+        raise ParamError(name, f"is not a sampling parameter{hint}")
     return field
 
 # %% ../../nbs/06_sampling_params.ipynb #ca49bd26
