@@ -7,12 +7,14 @@ They are large, so they are no part of the `dev` extra, and what is not there is
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from campaigns.harness import make_model
 from test_server import Server, start_toy
@@ -182,3 +184,71 @@ def test_lm_eval_on_chats(tiny: Server, evaluate) -> None:
     where = {"model": "tiny", "base_url": tiny.url + "/v1/chat/completions"}
     answers = evaluate("local-chat-completions", ["generation"], model_args=where, apply_chat_template=True)
     assert len(answers["generation"]) == len(DOCS) and all("e" not in text for ((text,),) in answers["generation"])
+
+
+def test_sglang_frontend(tiny: Server) -> None:
+    """SGLang's language for programs: text, streams, batches, forks, grammars, choices."""
+    sgl = pytest.importorskip("sglang")
+    sgl.set_default_backend(backend := sgl.RuntimeEndpoint(tiny.url))
+    assert backend.get_server_info()["served_model_name"] == "tiny"
+
+    @sgl.function
+    def ask(s, question):
+        s += f"Q: {question} A:" + sgl.gen("answer", max_tokens=8, temperature=0)
+
+    def plain(prompt: str) -> str:
+        body = {"text": prompt, "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
+        return httpx.post(tiny.url + "/generate", json=body, timeout=60).json()["text"]
+
+    questions = ["one?", "two?", "three?"]
+    right = [plain(f"Q: {question} A:") for question in questions]
+    assert ask.run(question="one?")["answer"] == right[0]
+    assert "".join(ask.run(question="one?", stream=True).text_iter("answer")) == right[0]
+    batch = ask.run_batch([{"question": question} for question in questions], progress_bar=False)
+    assert [state["answer"] for state in batch] == right
+
+    @sgl.function
+    def shaped(s):
+        s += "Year " + sgl.gen("year", regex="[0-9]{4}", max_tokens=8)
+        s += ", count " + sgl.gen("count", dtype=int, max_tokens=8)
+        s += ", JSON " + sgl.gen("json", json_schema=SHAPE, max_tokens=64)
+
+    state = shaped.run()
+    assert re.fullmatch("[0-9]{4}", state["year"]) and re.fullmatch("[-+]?[0-9]+[ \n]*", state["count"])
+    assert type(json.loads(state["json"])["n"]) is int
+
+    @sgl.function
+    def forked(s):
+        s += "Two words:"
+        for i, fork in enumerate(forks := s.fork(2)):
+            fork += f" {i}" + sgl.gen("word", max_tokens=2, temperature=0)
+        s += forks[0]["word"] + forks[1]["word"]
+
+    assert forked.run().text() == "Two words:" + "".join(plain(f"Two words: {i}")[:2] for i in range(2))
+    backend.cache_prefix("Two words:")
+    backend.flush_cache()
+
+
+SHAPE = '{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": false}'
+
+
+@pytest.mark.parametrize(
+    "method", ["token_length_normalized", "greedy_token_selection", "unconditional_likelihood_normalized"]
+)
+def test_sglang_choices(tiny: Server, method: str) -> None:
+    """Of a random model's choices the likeliest by its own likelihoods."""
+    sgl = pytest.importorskip("sglang")
+    sgl.set_default_backend(sgl.RuntimeEndpoint(tiny.url))
+
+    @sgl.function
+    def choose(s):
+        s += "It is " + sgl.gen(
+            "what", choices=["red", "blue", "green!"], choices_method=getattr(sgl, method), temperature=0
+        )
+
+    state = choose.run()
+    info = state.get_meta_info("what")
+    assert state["what"] in ("red", "blue", "green!") and len(info["input_token_logprobs"]) == 3
+    if method == "token_length_normalized":
+        best = max(zip(info["normalized_prompt_logprobs"], ["red", "blue", "green!"]))[1]
+        assert state["what"] == best
