@@ -112,6 +112,17 @@ def test_a_step_that_hangs_turns_readiness_off(server: Server) -> None:
     assert any("in step" in line and "server.py" in line for line in server.lines[before:])
 
 
+def test_idle_costs_next_to_nothing(server: Server) -> None:
+    """CPU time, which a busy machine hardly changes, of all three processes together: below 2 % of a core."""
+    assert is_clean(server)
+    before, begin = server.cpu_seconds(), time.monotonic()
+    time.sleep(10)
+    after, seconds = server.cpu_seconds(), time.monotonic() - begin
+    share = {name: (after[name] - before[name]) / seconds for name in after}
+    print({name: f"{part:.2%}" for name, part in share.items()})
+    assert sum(share.values()) < 0.02, share
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("phase", ["running", "waiting"])
 def test_a_client_who_leaves_frees_everything(server: Server, stream: bool, phase: str) -> None:

@@ -35,8 +35,8 @@ def make_model(folder: Path) -> Path:
 
     from tpu_mini_sglang.managers.detokenizer_manager import toy_tokenizer
 
-    eos = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": 257}
-    write_checkpoint(folder, variant("llama", "LlamaForCausalLM", **eos))
+    sizes = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": 257, "max_position_embeddings": 4096}
+    write_checkpoint(folder, variant("llama", "LlamaForCausalLM", **sizes))
     toy_tokenizer().hf.save_pretrained(folder)
     return folder
 
@@ -107,6 +107,14 @@ class Server:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             sizes[name] = 1024 * int(text.split("Pss:")[1].split()[0])
         return sizes
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time of each process so far."""
+        found, tick = {}, os.sysconf("SC_CLK_TCK")
+        for name, pid in self.pids.items():
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()
+            found[name] = (int(fields[11]) + int(fields[12])) / tick
+        return found
 
     def loop_seconds(self) -> float:
         """CPU time of the front end's main thread, where the event loop runs; a busy machine doesn't change it."""
