@@ -10,7 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from campaigns.harness import Answer, Server, client_of, eventually, make_model
+from campaigns.harness import Server, client_of, eventually, make_model
+
+from tpu_mini_sglang.trust import Answer
 
 POISON = {"text": "\x07" * 20, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
 PLAIN = {"text": "The quick brown fox", "sampling_params": {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}}
