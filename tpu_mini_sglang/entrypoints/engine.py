@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_PROMPTS', 'Inbox', 'END', 'finite', 'with_text', 'logprob_info', 'finish_info', 'as_sglang', 'raise_if_failed',
            'as_params', 'spread', 'split_prompts', 'make_inputs', 'owners', 'collect', 'stream', 'LoopThread', 'Parts',
-           'drive', 'SchedulerThread', 'Runtime', 'on_loop', 'settle', 'most_pending', 'load_front', 'load_parts',
-           'toy_front', 'toy_parts', 'step', 'close', 'Owner', 'Caller', 'Generator', 'Engine']
+           'drive', 'SchedulerThread', 'Runtime', 'on_loop', 'settle', 'most_pending', 'limits_of', 'load_front',
+           'load_parts', 'toy_front', 'toy_parts', 'step', 'close', 'Owner', 'Caller', 'Generator', 'Engine']
 
 # %% ../../nbs/38_engine.ipynb #38a4d5fd
 """The whole engine as a Python object, with SGLang's interface: threads instead of processes, no sockets."""
@@ -383,6 +383,16 @@ def most_pending(
     return args.max_running_requests * args.dp_size + args.max_queued_requests
 
 
+def limits_of(
+    args: ServerArgs,  # the rest
+    vocab_size: int,  # of the model
+    context_len: int,  # in tokens
+) -> Limits:
+    """What a request may ask for."""
+    parsers = args.tool_call_parser, args.reasoning_parser
+    return Limits(vocab_size, context_len, most_pending(args), *parsers)
+
+
 def load_front(
     args: ServerArgs,  # names the model
 ) -> tuple[ServerArgs, Tokenizer, Limits]:  # the arguments with the model's path on disk, and what a host needs
@@ -395,7 +405,7 @@ def load_front(
     args = replace(args, model_path=str(path), served_model_name=name)
     config = load_model_config(path, args.dtype, args.context_length)
     tokenizer = load_tokenizer(path, args.chat_template)
-    return args, tokenizer, Limits(config.vocab_size, config.context_len, most_pending(args))
+    return args, tokenizer, limits_of(args, config.vocab_size, config.context_len)
 
 # %% ../../nbs/38_engine.ipynb #4127d79b
 def load_parts(
@@ -419,7 +429,7 @@ def toy_front(
 ) -> tuple[ServerArgs, Tokenizer, Limits]:  # as load_front
     """The front of the toy: no model, no files."""
     tokenizer = toy_tokenizer()
-    return args, tokenizer, Limits(tokenizer.vocab_size, args.context_length or 2048, most_pending(args))
+    return args, tokenizer, limits_of(args, tokenizer.vocab_size, args.context_length or 2048)
 
 
 def toy_parts(

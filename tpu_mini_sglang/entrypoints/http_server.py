@@ -36,6 +36,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
+from .chat import open_chat
 from .engine import collect, make_inputs, stream
 from .metrics import CONTENT_TYPE, Metrics, RequestLog
 from tpu_mini_sglang.entrypoints.openai import (
@@ -45,7 +46,6 @@ from tpu_mini_sglang.entrypoints.openai import (
     drop_unsupported,
     error_body,
     model_card,
-    open_chat,
     open_completion,
 )
 from ..managers.io_struct import FlushCacheReq, ProfileReq, StatsReq

@@ -19,6 +19,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -78,6 +79,8 @@ class Limits:
     vocab_size: int  # token ids lie in [0, vocab_size)
     context_len: int  # prompt and answer together, in tokens
     max_pending: int = 1024  # requests that may wait or run at once
+    tool_call_parser: str | None = None  # how the model writes calls (chapter 38c); None: as its template says
+    reasoning_parser: str | None = None  # how it marks its thinking (chapter 38b); None: that is text as any other
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #9f3d9f1a
 def check_prompt(
@@ -409,13 +412,15 @@ class TokenizerDesk(AbortingTable):
     async def chat(
         self,
         messages: list[dict[str, Any]],  # OpenAI's shape, contents as text
-    ) -> list[int]:
-        """The prompt's token ids, by the model's chat template."""
+        **variables: Any,  # more for the template
+    ) -> tuple[str, list[int]]:
+        """The prompt by the model's chat template, and its token ids."""
         loop = asyncio.get_running_loop()
+        render = partial(self.templates.render, messages, **variables)
         with self.seat(1):
             try:
-                text = await loop.run_in_executor(self.renderer, self.templates.render, messages)
-                return await self.encode(text, False)  # the template writes BOS where it belongs
+                text = await loop.run_in_executor(self.renderer, render)
+                return text, await self.encode(text, False)  # the template writes BOS where it belongs
             except (TemplateError, TextError) as error:
                 raise RequestError(f"messages: {error}", param="messages") from None
 
