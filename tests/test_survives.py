@@ -10,7 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from campaigns.harness import Answer, Server, client_of, eventually, make_model
+from campaigns.harness import Server, client_of, eventually, make_model
+
+from tpu_mini_sglang.trust import Answer
 
 POISON = {"text": "\x07" * 20, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
 PLAIN = {"text": "The quick brown fox", "sampling_params": {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}}
@@ -110,6 +112,17 @@ def test_a_step_that_hangs_turns_readiness_off(server: Server) -> None:
     assert asyncio.run(beside()).status == 200
     assert eventually(lambda: readiness(server, 30) == 200)
     assert any("in step" in line and "server.py" in line for line in server.lines[before:])
+
+
+def test_idle_costs_next_to_nothing(server: Server) -> None:
+    """CPU time, which a busy machine hardly changes, of all three processes together: below 2 % of a core."""
+    assert is_clean(server)
+    before, begin = server.cpu_seconds(), time.monotonic()
+    time.sleep(10)
+    after, seconds = server.cpu_seconds(), time.monotonic() - begin
+    share = {name: (after[name] - before[name]) / seconds for name in after}
+    print({name: f"{part:.2%}" for name, part in share.items()})
+    assert sum(share.values()) < 0.02, share
 
 
 @pytest.mark.parametrize("stream", [True, False])

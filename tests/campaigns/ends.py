@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .harness import Answer, Client, Server, client_of, eventually, random_body
+from tpu_mini_sglang.trust import Answer
+
+from .harness import Client, Server, client_of, eventually, random_body
 
 CLIENTS = 24  # of which 8 run and 16 wait
 LONG = {"max_new_tokens": 120, "ignore_eos": True}
