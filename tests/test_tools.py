@@ -1,6 +1,7 @@
 """Tools and thoughts as the official client meets them: a real server, whose answers the questions bring along."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,8 +110,30 @@ def test_an_agent_s_loop(client: openai.OpenAI) -> None:
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "SAY(18 degrees)SAY"}
     again = request | {"messages": [*request["messages"], message, result]}
     assert told(client.chat.completions.create(**again)) == ("stop", "18 degrees", None, [])
-    for choice in ("none", "auto", "required", {"type": "function", "function": {"name": "now"}}):
-        assert client.chat.completions.create(**request, tool_choice=choice, parallel_tool_calls=False).choices
+
+
+def test_a_choice_is_obeyed_whatever_the_model_would_say(client: openai.OpenAI) -> None:
+    def answer(text: str, choice: object, **more: object) -> tuple:
+        request = say(text, tools=[WEATHER, NOW], tool_choice=choice, **more)
+        whole = told(client.chat.completions.create(**request))
+        assert told(put_together(client, **request)) == whole
+        return whole
+
+    named = {"type": "function", "function": {"name": "now"}}
+    assert answer("No, thanks.", "auto") == ("stop", "No, thanks.", None, [])
+    assert answer(PARIS, "none")[3] == [] and "<tool_call>" not in (answer(PARIS, "none")[1] or "")
+    assert answer(PARIS, named) == ("tool_calls", None, None, [("now", {})])
+    assert answer("No, thanks.", named) == ("tool_calls", None, None, [("now", {})])
+    assert answer(f"{THOUGHTS}No.", named) == ("tool_calls", None, "A tool, then.", [("now", {})])
+    finish, content, _, ((name, arguments),) = answer("No, thanks.", "required")
+    assert (finish, content) == ("tool_calls", None) and (name == "now" or GetWeather(**arguments))
+    twice = f"{PARIS}\n{CALL % ('now', '{}')}"
+    assert [len(answer(twice, "auto", parallel_tool_calls=p)[3]) for p in (True, False)] == [2, 1]
+    wrong = CALL % ("GetWeather", '{"city": "Rome", "days": "many"}')
+    assert answer(wrong, "auto")[3] == [("GetWeather", {"city": "Rome", "days": 0})]
+    shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": Answer.model_json_schema()}}
+    assert json.loads(answer("No.", "auto", response_format=shape)[1]).keys() == {"city", "warm"}
+    assert answer(PARIS, "auto", response_format=shape)[0] == "tool_calls"
 
 
 def test_thoughts_as_the_client_wants_them(client: openai.OpenAI) -> None:
@@ -185,7 +208,7 @@ def test_without_a_template_for_tools() -> None:
             base_url=server.url + "/v1", api_key="-", max_retries=0, _strict_response_validation=True
         )
         assert told(client.chat.completions.create(**say(PARIS, tools=[WEATHER])))[0] == "tool_calls"
-        echo = client.chat.completions.create(model="toy", messages=[{"role": "user", "content": "Hi"}], tools=[NOW])
-        assert echo.choices[0].message.content.startswith("system\nYou may call these functions"), "it was told of them"
+        told_of = httpx.post(server.url + "/v1/chat/completions", json=say("x", tools=[NOW], max_tokens=4_000_000))
+        assert int(re.search(r"less prompt (\d+)", told_of.text)[1]) > len("You may call these functions") + 100
     finally:
         assert server.end() == 0

@@ -113,8 +113,8 @@ async def run(server: Server, seconds: float, tell: Any = print, patience: float
     waits = [took for _, _, took, _ in refused]
     good = goodput([end for i, _, _, end in accepted if i not in wrong], seconds)
     return {
-        "load seconds": seconds, "capacity, answers/s": round(capacity, 2),
-        "offered, requests/s": round(10 * capacity, 2),
+        "load seconds": seconds,
+        "capacity, answers/s": round(capacity, 2), "offered, requests/s": round(10 * capacity, 2),
         "accepted": len(accepted), "refused": len(refused), "other": len(results) - len(accepted) - len(refused),
         "wrong": len(wrong), "broken": broken[:3],
         "refused without Retry-After": sum("retry-after" not in outcome[1] for _, outcome, _, _ in refused),

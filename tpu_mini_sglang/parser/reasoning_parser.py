@@ -278,7 +278,7 @@ def until_rules(
         f"{upper}_PART: ANY{unless}",
     ]
 
-# %% ../../nbs/38b_reasoning.ipynb #8ad408d2
+# %% ../../nbs/38b_reasoning.ipynb #9723006e
 class Prelude(NamedTuple):
     """What a grammar says of the thinking before an answer."""
 
@@ -298,9 +298,9 @@ def prelude(
     rules = until_rules("thought", style.end, token_of)
     if thinking == "yes":
         return Prelude("thought WS ", tuple(rules))
-    begin, token = rf"\s*{as_regex(style.begin)}", token_of(style.begin)
-    rules.append(f"begin: /{begin}/" + ("" if token is None else f" | WS <[{token}]>"))
-    return Prelude("(begin thought WS)? ", tuple(rules), f" & ~/(?s:{begin}.*)/")
+    begin, token = as_regex(style.begin), token_of(style.begin)
+    rules.append(f"begin: /{WHITESPACE}{begin}/" + ("" if token is None else f" | WS <[{token}]>"))
+    return Prelude("(begin thought WS)? ", tuple(rules), rf" & ~/(?s:\s*{begin}.*)/")
 
 # %% ../../nbs/38b_reasoning.ipynb #d934e48a
 def grammar_of(
