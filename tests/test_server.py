@@ -434,6 +434,19 @@ def test_sigterm_ends_everything_in_good_order() -> None:
     assert eventually(lambda: all(is_gone(pid) for pid in children))
 
 
+def test_a_server_whose_terminal_is_gone_still_ends() -> None:
+    """Who read its messages was killed: to write one is an error now, and must not keep it from ending."""
+    process = subprocess.Popen([*TOY, "0", ""], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any(line.startswith("Ready") for line in process.stderr)
+    process.stderr.close()
+    process.terminate()
+    try:
+        assert process.wait(60) in (0, 120), "120: Python could not flush its last words"
+    finally:
+        process.kill()
+
+
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_children_die_with_a_killed_parent() -> None:
     server = start_toy()
