@@ -660,6 +660,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                       'tpu_mini_sglang/function_call/function_call_parser.py'),
                                                                     'tpu_mini_sglang.function_call.function_call_parser.CallStyle.between': ( 'tools.html#callstyle.between',
                                                                                                                                               'tpu_mini_sglang/function_call/function_call_parser.py'),
+                                                                    'tpu_mini_sglang.function_call.function_call_parser.CallStyle.close': ( 'tools.html#callstyle.close',
+                                                                                                                                            'tpu_mini_sglang/function_call/function_call_parser.py'),
                                                                     'tpu_mini_sglang.function_call.function_call_parser.CallStyle.head': ( 'tools.html#callstyle.head',
                                                                                                                                            'tpu_mini_sglang/function_call/function_call_parser.py'),
                                                                     'tpu_mini_sglang.function_call.function_call_parser.CallStyle.last': ( 'tools.html#callstyle.last',

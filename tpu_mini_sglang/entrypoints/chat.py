@@ -188,7 +188,7 @@ def begun_answer(
         raise RequestError(message, param="continue_final_message")
     return said(last.content)
 
-# %% ../../nbs/39a_chat.ipynb #80018b95
+# %% ../../nbs/39a_chat.ipynb #cb885426
 def chosen_tools(
     request: ChatRequest,  # checked
     manner: Manner,  # of the model
@@ -217,10 +217,11 @@ def chosen_tools(
 def shown_tool(
     tool: FunctionTool,  # of a request
 ) -> dict[str, Any]:
-    """A tool as templates show it to the model; some expect parameters."""
-    function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
-    parameters = tool.function.parameters or {"type": "object", "properties": {}}
-    return {"type": "function", "function": function | {"parameters": parameters}}
+    """A tool as templates show it to the model; some expect a description and parameters."""
+    asked = tool.function
+    parameters = asked.parameters or {"type": "object", "properties": {}}
+    function = {"name": asked.name, "description": asked.description or "", "parameters": parameters}
+    return {"type": "function", "function": function}
 
 # %% ../../nbs/39a_chat.ipynb #e07c5bda
 @dataclass
@@ -326,14 +327,15 @@ def constrain(
     nothing = dict.fromkeys(MAX_GRAMMAR_BYTES)
     return params if grammar is None else msgspec.structs.replace(params, **(nothing | {"llguidance": grammar}))
 
-# %% ../../nbs/39a_chat.ipynb #5e508aad
+# %% ../../nbs/39a_chat.ipynb #f3eca03b
 def with_tags(
     params: SamplingParams,  # of a request
     plan: Plan,  # how its answers are read
     tokenizer: Tokenizer,  # knows which tokens are special
 ) -> SamplingParams:
     """The same, with special tokens shown if one of them is a tag."""
-    tags = [tag for style in (plan.style, plan.thoughts) if style is not None for tag in (style.begin, style.end)]
+    tags = [plan.style.begin, plan.style.end, plan.style.mark] if plan.style is not None else []
+    tags += [plan.thoughts.begin, plan.thoughts.end] if plan.thoughts is not None else []
     special = {tokenizer.backend.token_to_id(tag) for tag in tags if tag} & tokenizer.special_ids
     return msgspec.structs.replace(params, skip_special_tokens=False) if special else params
 
