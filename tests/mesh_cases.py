@@ -108,8 +108,8 @@ def collectives(tp: int, dp: int, layers: int, decode: bool, vocab: int = 8190) 
     runner = load_runner(hf, tp, dp)
     (bucket,) = runner.buckets.decode if decode else runner.buckets.extend
     runner.compile(bucket)
-    runner.compile(bucket.rows)
-    programs = runner.programs[bucket], runner.samplers[bucket.rows][0]
+    runner.compile(bucket.sampler)
+    programs = runner.programs[bucket], runner.samplers[bucket.sampler][0]
     return {
         "found": [one for program in programs for one in find_collectives(program.as_text())],
         "hidden": f"f32[{bucket.tokens},{hf['hidden_size']}]",

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PROMPT_TAIL', 'Constraint', 'Req', 'stop_ids', 'finish_reason', 'tokens_left', 'ends_by_length', 'known_ids',
            'ScheduleBatch', 'SamplingRows', 'token_logprob', 'accept_token', 'how_it_goes_on', 'wants_report',
-           'detok_init', 'report', 'RequestMemory', 'grow', 'slots_needed', 'move_lock', 'attach_prefix', 'publish',
-           'forget_pages', 'detach']
+           'detok_init', 'report', 'RequestMemory', 'grow', 'slots_needed', 'shrink', 'move_lock', 'attach_prefix',
+           'publish', 'forget_pages', 'detach']
 
 # %% ../../nbs/29_requests.ipynb #f9b93282
 """A request's state on the host, and the rows of one step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -132,33 +133,36 @@ class ScheduleBatch:
 
     reqs: list[Req]
     q_lens: list[int]  # tokens each request computes this step, >= 1
+    drafts: dict[Req, list[int]] = field(default_factory=dict)  # and guesses at what follows them
 
     def rows(self) -> list[Row]:
         """The step as the model runner wants it."""
-        return [
-            Row(known_ids(r, n), r.num_computed + n, r.pages, r.shard)
-            for r, n in zip(self.reqs, self.q_lens, strict=True)
-        ]
+        rows = []
+        for r, n in zip(self.reqs, self.q_lens, strict=True):
+            drafts = self.drafts.get(r, [])
+            end = r.num_computed + n + len(drafts)
+            rows.append(Row(known_ids(r, n) + drafts, end, r.pages, r.shard, scored=1 + len(drafts)))
+        return rows
 
     def by_shard(
         self,
+        values: Sequence[int],  # one for each request
         num_shards: int,
     ) -> list[list[int]]:
-        """The q_lens of each shard's requests."""
-        return [[n for r, n in zip(self.reqs, self.q_lens, strict=True) if r.shard == s] for s in range(num_shards)]
+        """The values of each shard's requests."""
+        return [[n for r, n in zip(self.reqs, values, strict=True) if r.shard == s] for s in range(num_shards)]
 
     def places(
         self,
-        num_rows: int,  # rows of the bucket, which each shard has
+        room: int,  # entries that each shard has
+        counts: Sequence[int] | None = None,  # that each request takes; None: one, its row
     ) -> list[int]:
-        """Where each request's row stands in the step's arrays: after the earlier ones of its shard."""
+        """Where each request's entries begin in the step's arrays: after those of the earlier ones of its shard."""
         ends: dict[int, int] = {}
-        for req in self.reqs:
-            ends.setdefault(req.shard, req.shard * num_rows)
         found = []
-        for req in self.reqs:
-            found.append(ends[req.shard])
-            ends[req.shard] += 1
+        for req, count in zip(self.reqs, counts or [1] * len(self.reqs), strict=True):
+            found.append(ends.setdefault(req.shard, req.shard * room))
+            ends[req.shard] += count
         return found
 
 # %% ../../nbs/29_requests.ipynb #9bffed30
@@ -191,7 +195,7 @@ class SamplingRows:
         num_rows: int,  # rows of the bucket
         num_shards: int = 1,  # each has so many
     ) -> SamplingBatch:  # numpy leaves
-        """The parameters of this step's rows, each at the position of the token it will sample."""
+        """The parameters of this step's rows, each at the position of the token it will sample, drafts not counted."""
         places, total = step.places(num_rows), num_shards * num_rows
         if step.reqs != self.reqs or places != self.places or total != len(self.batch.seeds):
             self.refill(step.reqs, places, total)
@@ -313,6 +317,17 @@ def slots_needed(
     """Tokens that need a place in pages for that, the sampled one among them if it will be computed in its turn."""
     goes_on = n == req.num_pending and tokens_left(req) > 1
     return req.num_computed + n + goes_on
+
+# %% ../../nbs/29_requests.ipynb #a6f23496
+def shrink(
+    memory: RequestMemory,
+    req: Req,
+    num_tokens: int,  # tokens that must still fit
+) -> None:
+    """Take back the pages past these tokens."""
+    keep = pages_for(num_tokens, memory.page_size)
+    memory.allocator.free(req.pages[keep:])
+    del req.pages[keep:]
 
 # %% ../../nbs/29_requests.ipynb #ce50ef7c
 def move_lock(
