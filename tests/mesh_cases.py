@@ -154,7 +154,7 @@ def promises(tp: int, dp: int) -> dict:
     test_promises.test_same_tokens_alone_in_a_crowd_cached_and_retracted(runner, 1, "lpm", False)
     test_promises.test_retraction_changes_no_token(runner)
     test_promises.test_aborted_neighbours_change_no_token(runner)
-    test_promises.test_nothing_compiles_after_warmup(runner)
+    test_promises.mixed_traffic(runner, 40)
     return {"kept": True}
 
 

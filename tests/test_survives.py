@@ -10,7 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from campaigns.harness import Answer, Server, client_of, eventually, make_model
+from campaigns.harness import Server, client_of, eventually, make_model
+
+from tpu_mini_sglang.trust import Answer
 
 POISON = {"text": "\x07" * 20, "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}}
 PLAIN = {"text": "The quick brown fox", "sampling_params": {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}}
@@ -23,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    server = Server(model, watchdog_timeout=3)
+    server = Server(model, watchdog_timeout=3, max_total_tokens=4096)
     yield server
     assert server.end() == 0, "".join(server.lines)
 
@@ -112,6 +114,17 @@ def test_a_step_that_hangs_turns_readiness_off(server: Server) -> None:
     assert any("in step" in line and "server.py" in line for line in server.lines[before:])
 
 
+def test_idle_costs_next_to_nothing(server: Server) -> None:
+    """CPU time, which a busy machine hardly changes, of all three processes together: below 2 % of a core."""
+    assert is_clean(server)
+    before, begin = server.cpu_seconds(), time.monotonic()
+    time.sleep(10)
+    after, seconds = server.cpu_seconds(), time.monotonic() - begin
+    share = {name: (after[name] - before[name]) / seconds for name in after}
+    print({name: f"{part:.2%}" for name, part in share.items()})
+    assert sum(share.values()) < 0.02, share
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("phase", ["running", "waiting"])
 def test_a_client_who_leaves_frees_everything(server: Server, stream: bool, phase: str) -> None:
@@ -126,7 +139,7 @@ def test_a_client_who_leaves_frees_everything(server: Server, stream: bool, phas
     for client in clients:
         client.sendall(head.encode() + body)
     assert eventually(lambda: server.info()["pending"] == len(clients))
-    assert eventually(lambda: server.info()["waiting"] == len(clients) - min(8, len(clients)))
+    assert eventually(lambda: server.info()["running"] and bool(server.info()["waiting"]) == (phase == "waiting"))
     for client in clients[::-1]:  # those who wait first
         client.close()
     begun, steps = time.monotonic(), server.info()["steps"]

@@ -2469,4 +2469,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                               'tpu_mini_sglang.tpu.schedule.replace_in': ( 'schedule.html#replace_in',
                                                                                            'tpu_mini_sglang/tpu/schedule.py'),
                                               'tpu_mini_sglang.tpu.schedule.say_and_estimate': ( 'schedule.html#say_and_estimate',
-                                                                                                 'tpu_mini_sglang/tpu/schedule.py')}}}
+                                                                                                 'tpu_mini_sglang/tpu/schedule.py')},
+            'tpu_mini_sglang.trust': { 'tpu_mini_sglang.trust.Answer': ('trust.html#answer', 'tpu_mini_sglang/trust.py'),
+                                       'tpu_mini_sglang.trust.Answer.tokens': ('trust.html#answer.tokens', 'tpu_mini_sglang/trust.py'),
+                                       'tpu_mini_sglang.trust.goodput': ('trust.html#goodput', 'tpu_mini_sglang/trust.py'),
+                                       'tpu_mini_sglang.trust.growth': ('trust.html#growth', 'tpu_mini_sglang/trust.py'),
+                                       'tpu_mini_sglang.trust.left_over': ('trust.html#left_over', 'tpu_mini_sglang/trust.py'),
+                                       'tpu_mini_sglang.trust.percentile': ('trust.html#percentile', 'tpu_mini_sglang/trust.py'),
+                                       'tpu_mini_sglang.trust.verdict': ('trust.html#verdict', 'tpu_mini_sglang/trust.py')}}}

@@ -80,7 +80,7 @@ def run_overload(model: Path, long: bool, tell: Tell) -> Outcome:
     """5: ten times the capacity."""
     server = Server(model, max_queued_requests=overload.QUEUE)
     try:
-        found = asyncio.run(overload.run(server, 30 if long else 4, tell))
+        found = asyncio.run(overload.run(server, 60 if long else 8, tell))
     finally:
         server.end()
     return found, overload.problems(found)

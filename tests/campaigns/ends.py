@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .harness import Answer, Client, Server, client_of, eventually, random_body
+from tpu_mini_sglang.trust import Answer
+
+from .harness import Client, Server, client_of, eventually, random_body
 
 CLIENTS = 24  # of which 8 run and 16 wait
 LONG = {"max_new_tokens": 120, "ignore_eos": True}
@@ -28,7 +30,7 @@ async def one(
     model: Path, sign: int, grace: float, again: bool = False, faults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Start, load, send the signal, and look at what is left."""
-    server = await asyncio.to_thread(Server, model, shutdown_timeout=grace)
+    server = await asyncio.to_thread(Server, model, shutdown_timeout=grace, max_total_tokens=4096)
     server.plant(slow=0.1, **(faults or {}))
     ends: list[tuple[float, Answer | str]] = []
     try:

@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tpu_mini_sglang.trust import Answer, left_over
 
 HERE = Path(__file__).resolve().parent
 ENV = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -35,8 +36,8 @@ def make_model(folder: Path) -> Path:
 
     from tpu_mini_sglang.managers.detokenizer_manager import toy_tokenizer
 
-    eos = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": 257}
-    write_checkpoint(folder, variant("llama", "LlamaForCausalLM", **eos))
+    sizes = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": 257, "max_position_embeddings": 4096}
+    write_checkpoint(folder, variant("llama", "LlamaForCausalLM", **sizes))
     toy_tokenizer().hf.save_pretrained(folder)
     return folder
 
@@ -94,8 +95,7 @@ class Server:
     def left_over(self) -> dict[str, int]:
         """Pages and slots that are still taken when nothing should be."""
         info = self.info()
-        pages = info["total_pages"] - info["free_pages"] - info["cached_pages"]
-        return {"pages": pages, "slots": info["running"] + info["waiting"] + info["pending"]}
+        return left_over(info, info["pending"])
 
     def is_idle(self) -> bool:
         return self.left_over()["slots"] == 0
@@ -107,6 +107,14 @@ class Server:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             sizes[name] = 1024 * int(text.split("Pss:")[1].split()[0])
         return sizes
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time of each process so far."""
+        found, tick = {}, os.sysconf("SC_CLK_TCK")
+        for name, pid in self.pids.items():
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()
+            found[name] = (int(fields[11]) + int(fields[12])) / tick
+        return found
 
     def loop_seconds(self) -> float:
         """CPU time of the front end's main thread, where the event loop runs; a busy machine doesn't change it."""
@@ -136,24 +144,6 @@ class Server:
             self.process.wait()
             self.reader.join()
             subprocess.run(["rm", "-r", self.folder])
-
-
-@dataclass
-class Answer:
-    """What a client got."""
-
-    status: int = 0  # 0: the connection broke, or was left
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: str = ""
-    cached: int = 0
-    error: str = ""
-    seconds: float = 0.0
-
-    @property
-    def tokens(self) -> tuple[list[int], str, str]:
-        """What must not depend on anybody else."""
-        return self.ids, self.text, self.finish
 
 
 def read_answer(status: int, value: Body) -> Answer:

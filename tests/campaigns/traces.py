@@ -5,7 +5,9 @@ import json
 import random
 from typing import Any
 
-from .harness import Answer, Body, Client, Server, alone, client_of, eventually, gather_all, random_body
+from tpu_mini_sglang.trust import Answer, verdict
+
+from .harness import Body, Client, Server, alone, client_of, eventually, gather_all, random_body
 
 SIZE = 20  # requests of a trace
 HOW = ("stay", "stay", "stay", "stay", "leave", "abort")  # how a client may behave
@@ -37,18 +39,6 @@ def obeys(body: Body, answer: Answer) -> bool:
     return value.keys() == {"n", "ok"} and 0 <= value["n"] <= 99 and isinstance(value["ok"], bool)
 
 
-def judge(body: Body, how: str, got: Answer, expected: Answer) -> str:
-    """What is wrong with an answer; empty if nothing."""
-    if got.status != 200:
-        return "crashed"
-    cut_short = got.finish in ("abort", "") and how != "stay"
-    if cut_short and got.ids != expected.ids[: len(got.ids)]:
-        return "different"
-    if not cut_short and got.tokens != expected.tokens:
-        return "lost" if len(got.ids) < len(expected.ids) else "different"
-    return "" if obeys(body, got) else "disobedient"
-
-
 async def one_trace(crowd: Client, single: Client, seed: int, bad: dict[str, list[str]]) -> dict[str, int]:
     """Play a trace, then its requests one by one; note what went wrong by kind."""
     rng = random.Random(seed)
@@ -62,7 +52,8 @@ async def one_trace(crowd: Client, single: Client, seed: int, bad: dict[str, lis
         how, got = result
         expected = await alone(single, body, f"{seed}-{i}")
         early += got.finish in ("abort", "")
-        if problem := judge(body, how, got, expected):
+        problem = verdict(got, expected, how != "stay") or ("" if obeys(body, got) else "disobedient")
+        if problem:
             bad.setdefault(problem, []).append(f"{body['rid']} ({how}): {got} instead of {expected}")
     return {"requests": SIZE, "ended early": early}
 

@@ -656,7 +656,7 @@ def make_app(
 
 # %% ../../nbs/40_server.ipynb #5c5a2e13
 HEADER_SECONDS = 20.0  # from connecting to the end of a request's head
-KEEP_ALIVE_SECONDS = 75  # from an answer to the end of the next head; clients and load balancers give up earlier
+KEEP_ALIVE_SECONDS = 120  # from an answer to the end of the next head; clients and proxies give up earlier, Go's at 90
 
 
 class ClientConnection(H11Protocol):
