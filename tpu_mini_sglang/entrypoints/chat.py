@@ -188,7 +188,7 @@ def begun_answer(
         raise RequestError(message, param="continue_final_message")
     return said(last.content)
 
-# %% ../../nbs/39a_chat.ipynb #cb885426
+# %% ../../nbs/39a_chat.ipynb #4dae3209
 def chosen_tools(
     request: ChatRequest,  # checked
     manner: Manner,  # of the model
@@ -213,7 +213,7 @@ def chosen_tools(
         raise RequestError("tool_choice: no such function in tools", param="tool_choice")
     return [tools[names.index(choice.function.name)]], "required"
 
-
+# %% ../../nbs/39a_chat.ipynb #a6d57deb
 def shown_tool(
     tool: FunctionTool,  # of a request
 ) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def shown_tool(
     function = {"name": asked.name, "description": asked.description or "", "parameters": parameters}
     return {"type": "function", "function": function}
 
-# %% ../../nbs/39a_chat.ipynb #e07c5bda
+# %% ../../nbs/39a_chat.ipynb #d254ab45
 @dataclass
 class Plan:
     """How the answers to one request are read."""
@@ -235,7 +235,7 @@ class Plan:
     separate: bool = True  # thoughts as reasoning_content
     stream: bool = True  # thoughts as they come
 
-
+# %% ../../nbs/39a_chat.ipynb #31056aa9
 class AnswerReader:
     """One answer's text to deltas."""
 
@@ -287,7 +287,7 @@ def checked_tools(
             raise RequestError(str(error).replace("json_schema", where + ":"), param=where) from None
     return out
 
-# %% ../../nbs/39a_chat.ipynb #95c2a1e7
+# %% ../../nbs/39a_chat.ipynb #9980bfe0
 Asked = tuple[list[FunctionTool], Choice]  # the tools that may be called, and whether one must
 
 
@@ -308,7 +308,7 @@ def one_grammar(
         return calls_grammar(manner.calls, found, choice, not one, before, answer, token_of)
     return after_thinking(before, answer) if answer and before.rules else None
 
-
+# %% ../../nbs/39a_chat.ipynb #b54b15d9
 def constrain(
     request: ChatRequest,  # checked
     params: SamplingParams,  # of the request
@@ -356,7 +356,7 @@ def plan_for(
     how = request.separate_reasoning is not False, request.stream_reasoning is not False
     return Plan(style, names, manner.thoughts, thinking, *how)
 
-# %% ../../nbs/39a_chat.ipynb #2b1eaec8
+# %% ../../nbs/39a_chat.ipynb #1a12b042
 async def chat_prompt(
     manager: TokenizerManager,  # knows the chat template
     request: ChatRequest,  # checked
@@ -376,7 +376,7 @@ async def chat_prompt(
         variables |= {"continue_final_message": True, "add_generation_prompt": False}
     return await manager.chat(messages, **variables)
 
-
+# %% ../../nbs/39a_chat.ipynb #6e7e5bc4
 async def plan_chat(
     manager: TokenizerManager,  # knows the chat template
     request: ChatRequest,  # checked
@@ -415,7 +415,7 @@ def chat_logprobs(
         content.append(chat_token(tokenizer, t.token_id, t.logprob) | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
-# %% ../../nbs/39a_chat.ipynb #5b509e44
+# %% ../../nbs/39a_chat.ipynb #dc366f75
 class PlannedChat(Call):
     """What a chat has beside a call: readers, one for each answer."""
 
@@ -444,7 +444,7 @@ class PlannedChat(Call):
         details = {"completion_tokens_details": {"reasoning_tokens": sum(c or 0 for c in counts)}} if known else {}
         return super().usage(outputs) | details
 
-
+# %% ../../nbs/39a_chat.ipynb #48f4087a
 def thought_tokens(
     plan: Plan,  # of the request
     ids: list[int],  # an answer's tokens

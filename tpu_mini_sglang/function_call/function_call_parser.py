@@ -256,7 +256,7 @@ class CallReader(CallOpener):
         undecided = self.stage == self.head and not (cut or self.opened or self.calls)
         return joined([("content", self.heads.held if undecided else "")])
 
-# %% ../../nbs/38c_tools.ipynb #c63e20d8
+# %% ../../nbs/38c_tools.ipynb #589132db
 Delta = dict[str, Any]
 
 
@@ -284,7 +284,7 @@ class Deltas:
         about = {"id": new_id(self.style), "type": "function", "function": {"name": text, "arguments": ""}}
         return {"tool_calls": [{"index": self.index} | about]}
 
-
+# %% ../../nbs/38c_tools.ipynb #3e20e3df
 def message_of(
     deltas: Iterable[Delta],  # of a whole answer
 ) -> dict[str, Any]:
