@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+# Started in the background, this process would have been told to ignore Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent
 NBDEV_TEST = Path(sys.executable).with_name("nbdev_test")
 # Notebooks compile hundreds of tiny programs, many of them the same: quickly, and kept for the next notebook and run.
@@ -25,7 +28,17 @@ QUICK_COMPILES = {
 LIMIT_S = 600
 SLOW_LIMIT_S = 1200
 # Files of some minutes. They start first, or one worker is left with them when the other has nothing to do.
-LONGEST = ("test_mesh", "test_server", "test_kv_dtypes", "41_cli", "test_promises", "test_hosts", "test_parity")
+LONGEST = (
+    "test_mesh",
+    "test_campaigns",
+    "test_server",
+    "test_survives",
+    "test_kv_dtypes",
+    "41_cli",
+    "test_promises",
+    "test_hosts",
+    "test_parity",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

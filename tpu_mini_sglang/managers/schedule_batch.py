@@ -6,7 +6,7 @@
 __all__ = ['NO_PAGES', 'PROMPT_TAIL', 'Constraint', 'Req', 'finish_reason', 'tokens_left', 'ends_by_length', 'known_ids',
            'ScheduleBatch', 'SamplingRows', 'token_logprob', 'accept_token', 'how_it_goes_on', 'wants_report',
            'detok_init', 'report', 'RequestMemory', 'grow', 'slots_needed', 'shrink', 'move_lock', 'attach_prefix',
-           'publish', 'forget_pages', 'detach']
+           'publish', 'forget_pages', 'let_go', 'detach', 'discard']
 
 # %% ../../nbs/29_requests.ipynb #f9b93282
 """A request's state on the host, and the rows of one step."""
@@ -375,10 +375,23 @@ def forget_pages(req: Req) -> None:
     req.node, req.pages, req.num_tree_pages, req.num_computed = None, NO_PAGES, 0, 0
 
 # %% ../../nbs/29_requests.ipynb #fc359c09
-def detach(memory: RequestMemory, req: Req) -> None:
-    """Take back everything: whole pages go to the tree, the rest is freed."""
-    publish(memory, req)
+def let_go(memory: RequestMemory, req: Req) -> None:
+    """Free the pages that are the request's alone, and leave those of the tree to it."""
     memory.allocator.free(req.pages[req.num_tree_pages :])
     if req.node is not None:
         memory.cache.unlock(req.node)
     forget_pages(req)
+
+
+def detach(memory: RequestMemory, req: Req) -> None:
+    """Take back everything: whole pages go to the tree, the rest is freed."""
+    publish(memory, req)
+    let_go(memory, req)
+
+
+def discard(memory: RequestMemory, req: Req) -> None:
+    """Take back everything and cache nothing: what the request has computed may be poison."""
+    node = req.node
+    let_go(memory, req)
+    if node is not None:
+        memory.cache.forget(node)

@@ -41,6 +41,7 @@ from tpu_mini_sglang.managers.schedule_batch import (
     accept_token,
     attach_prefix,
     detach,
+    discard,
     ends_by_length,
     forget_pages,
     grow,
@@ -219,11 +220,15 @@ def add(state: SchedulerState, spec: GenerateReq) -> list[Message]:
     return []
 
 # %% ../../nbs/30_scheduler.ipynb #dd39f683
-def remove(state: SchedulerState, req: Req) -> None:
+def remove(
+    state: SchedulerState,
+    req: Req,
+    give_back: Callable[[RequestMemory, Req], None] = detach,  # what becomes of its pages
+) -> None:
     """Take a request out of wherever it is, and its pages back."""
     if req in state.running:
         del state.running[req]
-        detach(state.memory_of(req), req)
+        give_back(state.memory_of(req), req)
     else:
         del state.waiting[req]
 
@@ -497,7 +502,7 @@ def take_tokens(
     if one.drafts:
         settle_drafts(state, one, len(req.token_ids) - before - 1)
     if req.finish:
-        remove(state, req)
+        remove(state, req, detach if out.finite[place] else discard)
 
 
 def settle_drafts(
