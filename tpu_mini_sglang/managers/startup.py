@@ -11,6 +11,7 @@ __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'MARGIN', 'CALIBRATION', 'OWN', 'ha
 # %% ../../nbs/30b_startup.ipynb #816c4ece
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
 
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -313,6 +314,8 @@ def build_scheduler(
     constrain = None if grammars is None else grammars(limits)  # gets ready while the programs are compiled
     if not args.skip_server_warmup:
         runner.warmup(report)
+    gc.collect()
+    gc.freeze()  # what a start makes stays for good: no later collection need look through it
     return Scheduler(runner, limits, constrain)
 
 
