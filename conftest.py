@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+# Started in the background, this process would have been told to ignore Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parent
 NBDEV_TEST = Path(sys.executable).with_name("nbdev_test")
 # Notebooks compile hundreds of tiny programs, many of them the same: quickly, and kept for the next notebook and run.

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tpu_mini_sglang.entrypoints.engine import Engine, Parts
 from tpu_mini_sglang.managers.detokenizer_manager import toy_tokenizer
 from tpu_mini_sglang.managers.io_struct import AbortReq, GenerateReq
+from tpu_mini_sglang.managers.schedule_policy import NewTokenRatio
 from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
 from tpu_mini_sglang.managers.tokenizer_manager import Limits as FrontLimits
 from tpu_mini_sglang.managers.tokenizer_manager import RequestError
@@ -42,9 +43,9 @@ def runner() -> ModelRunner:
 
 
 def new_scheduler(runner: ModelRunner, policy: str = "fcfs", cache: bool = True, overlap: bool = True) -> Scheduler:
-    """A scheduler over the shared runner, with nothing cached."""
+    """A scheduler over the shared runner, with nothing cached; it promises no memory, so that pages run out."""
     limits = Limits(TINY.context_len, TINY.vocab_size, TINY.eos_token_ids, CHUNK, ROWS, policy, cache, overlap)
-    return Scheduler(runner, limits)
+    return Scheduler(runner, replace(limits, conservativeness=0))
 
 
 def other_order(scheduler: Scheduler) -> None:
@@ -118,6 +119,10 @@ def test_retraction_changes_no_token(runner):
     assert stats(scheduler.state)["retractions"] > 0, "the test never met a retraction"
     for spec in specs:
         assert crowd[spec.rid] == alone(runner, spec)
+    kept = new_scheduler(runner)
+    kept.state.ratio = NewTokenRatio()  # what a server does unless told otherwise
+    assert serve(kept, [specs]) == crowd
+    assert stats(kept.state)["retractions"] == 0, "their lengths are certain, so that there is no need"
 
 
 def test_aborted_neighbours_change_no_token(runner):

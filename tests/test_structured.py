@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from tpu_mini_sglang.constrained.grammar import Grammars
+from tpu_mini_sglang.function_call.function_call_parser import CALL_STYLES, CallReader, Tool, calls_grammar
 from tpu_mini_sglang.managers import scheduler as scheduler_module
 from tpu_mini_sglang.managers.detokenizer_manager import toy_tokenizer
 from tpu_mini_sglang.managers.io_struct import GenerateReq
@@ -15,6 +16,7 @@ from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages
 from tpu_mini_sglang.model_config import ModelConfig
 from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
 from tpu_mini_sglang.models.decoder import DecoderLM
+from tpu_mini_sglang.parser.reasoning_parser import Prelude, read
 from tpu_mini_sglang.sampling.sampling_params import SamplingParams
 from tpu_mini_sglang.sharding import make_mesh
 
@@ -41,7 +43,8 @@ def grammars() -> Grammars:
 
 
 def new_scheduler(runner: ModelRunner, grammars: Grammars) -> Scheduler:
-    return Scheduler(runner, Limits(512, TINY.vocab_size, (EOS,), CHUNK, ROWS, overlap=True), grammars)
+    limits = Limits(512, TINY.vocab_size, (EOS,), CHUNK, ROWS, overlap=True, conservativeness=0)  # until pages run out
+    return Scheduler(runner, limits, grammars)
 
 
 class Kind:
@@ -102,13 +105,18 @@ class Schema:
         return names and all(self.kinds[name].has(part) for name, part in value.items())
 
 
-def answers(scheduler: Scheduler, seeds: range) -> dict[int, tuple[str, str]]:
-    """The text under each seed's schema, and how it ended."""
+def schema_of(seed: int) -> dict[str, str]:
+    """What an answer must obey: one schema."""
+    return {"json_schema": Schema(seed).text()}
+
+
+def answers(scheduler: Scheduler, seeds: range, grammar_of=schema_of, most: int = 400) -> dict[int, tuple[str, str]]:
+    """The text under each seed's grammar, and how it ended."""
     tokens: dict[int, list[int]] = {seed: [] for seed in seeds}
     ends: dict[int, str] = {}
     incoming = []
     for seed in seeds:
-        params = SamplingParams(max_new_tokens=400, seed=seed, json_schema=Schema(seed).text())
+        params = SamplingParams(max_new_tokens=most, seed=seed, **grammar_of(seed))
         incoming.append(GenerateReq(str(seed), [1 + seed % 7] * (1 + seed % 30), params))
     while incoming or scheduler.has_work:
         for out in scheduler.step(incoming):
@@ -127,6 +135,36 @@ def test_a_hundred_answers_under_a_hundred_schemas(runner: ModelRunner, grammars
     warm = runner.num_compiles
     assert count_obedient(answers(new_scheduler(runner, grammars), range(100))) == 100
     assert runner.num_compiles == warm and len(grammars.kept) <= grammars.most
+
+
+def style_at(seed: int) -> str:
+    return [*CALL_STYLES][seed % len(CALL_STYLES)]
+
+
+def calls_of(seed: int) -> dict[str, str]:
+    """What an answer must obey: one call of one of two tools, in some family's style."""
+    tools = [Tool(f"tool_{i}", json.loads(Schema(2 * seed + i).text()), strict=True) for i in range(2)]
+    style = CALL_STYLES[style_at(seed)]
+    return {"llguidance": calls_grammar(style, tools, "required", False, Prelude(), None, lambda tag: None)}
+
+
+def is_a_call(seed: int, text: str) -> bool:
+    """Whether an answer is one call of a tool that exists, with arguments that obey its schema."""
+    calls = CallReader(CALL_STYLES[style_at(seed)], ["tool_0", "tool_1"])
+    parts = read(calls, list(text))
+    if [kind for kind, _ in parts] != ["call", "arguments"]:
+        return False
+    (_, name), (_, arguments) = parts
+    return calls.complete and Schema(2 * seed + int(name[-1])).obeyed_by(arguments)
+
+
+def test_sixty_calls_of_a_hundred_and_twenty_tools(runner: ModelRunner, grammars: Grammars) -> None:
+    warm = runner.num_compiles
+    found = answers(new_scheduler(runner, grammars), range(60), calls_of, 480)
+    whole = {seed: text for seed, (text, end) in found.items() if end == "stop"}
+    assert all(is_a_call(seed, text) for seed, text in whole.items())
+    assert len(whole) > 40 and {end for _, end in found.values()} <= {"stop", "length"}
+    assert runner.num_compiles == warm
 
 
 @pytest.mark.exhaustive

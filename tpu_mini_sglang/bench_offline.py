@@ -106,7 +106,14 @@ def batch_row(
     return row | {"total_s": total, "out_tok_s": tokens / total}
 
 # %% ../nbs/43_bench_offline.ipynb #9e9f2b9e
-MEASURED = (*ENGINE_FIELDS, "max_running_requests", "schedule_policy", "disable_radix_cache", "dp_size")
+MEASURED = (
+    *ENGINE_FIELDS,
+    "max_running_requests",
+    "schedule_policy",
+    "schedule_conservativeness",
+    "disable_radix_cache",
+    "dp_size",
+)
 
 
 @dataclass(frozen=True)

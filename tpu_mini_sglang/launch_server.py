@@ -6,8 +6,8 @@
 __all__ = ['MAX_PROFILE_STEPS', 'die_with_parent', 'Addresses', 'make_addresses', 'serve_core', 'say', 'real_front',
            'real_scheduler', 'real_detokenizer', 'real_follower', 'Builders', 'child_main', 'Child', 'start_child',
            'StartError', 'wait_ready', 'may_share', 'bind', 'require_key', 'greeting', 'drain', 'Front', 'child_ended',
-           'Beating', 'put_off_stacks', 'Profiled', 'receive_loop', 'http_config', 'make_server', 'make_manager',
-           'serve', 'launch', 'main']
+           'Beating', 'put_off_stacks', 'Profiled', 'receive_loop', 'most_connections', 'http_config', 'make_server',
+           'make_manager', 'serve', 'launch', 'main']
 
 # %% ../nbs/40b_launch.ipynb #cc1cb75f
 """Starts the engine's processes, ends them together, and leaves none behind."""
@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import ipaddress
 import logging
 import multiprocessing as mp
@@ -321,11 +322,17 @@ class Front:
         """Stop accepting, let requests finish for a moment, then end them with an error. A second call hurries."""
         if self.ending is not None:
             self.manager.fail_all(message)
+            asyncio.get_running_loop().call_later(1, self.hang_up)  # they should hear of it
             return
         say(message)
         self.exit_code = code
         self.server.should_exit = True
         self.ending = asyncio.ensure_future(drain(self.manager, message, grace))
+
+    def hang_up(self) -> None:
+        """End the connections that are left: somebody does not read his answer."""
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()
 
 # %% ../nbs/40b_launch.ipynb #71009939
 def child_ended(
@@ -463,21 +470,42 @@ async def receive_loop(
         manager.step(decode(await inbox.recv()))
 
 # %% ../nbs/40b_launch.ipynb #db53e373
+def most_connections(
+    wanted: int,  # requests that may be there at once
+) -> int:
+    """Connections for those, and some for questions; fewer if the system lets a process have fewer files."""
+    most = wanted + 512
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY:  # often 1024, and everybody may ask for more
+            files = most + 128 if hard == resource.RLIM_INFINITY else min(hard, most + 128)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
+            most = min(most, max(soft, files) - 128)
+    return most
+
+
 def http_config(
     app: Any,  # ASGI application
     args: ServerArgs,  # log_level and shutdown_timeout
+    most: int,  # connections
 ) -> "uvicorn.Config":
     """uvicorn's settings."""
     import uvicorn
 
+    from tpu_mini_sglang.entrypoints.http_server import KEEP_ALIVE_SECONDS, ClientConnection
+
+    http: Any = functools.partial(ClientConnection, most=most)  # uvicorn only calls it
     return uvicorn.Config(
         app,
-        http="h11",
+        http=http,
         loop="asyncio",
         ws="none",
         lifespan="off",
         log_level="warning" if args.log_level == "info" else args.log_level,
         access_log=args.log_level == "debug",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(args.shutdown_timeout) + 2,
         server_header=False,
     )
@@ -486,6 +514,7 @@ def http_config(
 def make_server(
     app: Any,  # ASGI application
     args: ServerArgs,  # log_level and shutdown_timeout
+    most: int,  # connections
     ready: str,  # said once connections are accepted
 ) -> "uvicorn.Server":
     """uvicorn, but for its signal handling, which would end this process before it has ended its children."""
@@ -500,7 +529,7 @@ def make_server(
             await super().startup(sockets)
             say(ready)
 
-    return Server(http_config(app, args))
+    return Server(http_config(app, args, most))
 
 # %% ../nbs/40b_launch.ipynb #08cd165c
 def make_manager(
@@ -532,7 +561,8 @@ async def serve(
 
     manager, inbox = make_manager(front, addresses, args.random_seed)
     ready = greeting(args, listener.getsockname()[1], args.served_model_name or "default")
-    this = Front(manager, make_server(make_app(manager, args), args, ready))
+    most = most_connections(manager.max_pending)
+    this = Front(manager, make_server(make_app(manager, args), args, most, ready))
     loop, messages = asyncio.get_running_loop(), asyncio.ensure_future(receive_loop(manager, inbox))
     messages.add_done_callback(lambda _: this.end("the message loop ended", 1, 0))
     for sign in (signal.SIGINT, signal.SIGTERM):

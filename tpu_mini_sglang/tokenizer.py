@@ -83,6 +83,7 @@ class Vocabulary:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)))  # characters of its entry
 
     def token_bytes(
         self,

@@ -28,17 +28,20 @@ WHITESPACE = r"[ \t\r\n]{0,20}"  # between JSON's tokens: enough to indent, and 
 
 
 def translate(
-    field: str,  # "json_schema", "regex" or "ebnf"
+    field: str,  # "json_schema", "regex", "ebnf" or "llguidance"
     text: str,  # what the client gave
 ) -> str:
     """The same in llguidance's own form. Raises ParamError for what can't even be read."""
     from llguidance import LLMatcher, grammar_from
 
     try:
+        if field in ("json_schema", "llguidance"):
+            text = json.dumps(json.loads(text))  # what goes on is one JSON value, whatever came
         if field == "json_schema":
-            schema = json.dumps(json.loads(text))  # what goes on is one JSON value, whatever came
-            return LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITESPACE})
-        return grammar_from("regex" if field == "regex" else "ebnf", text)
+            return LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": WHITESPACE})
+        if field == "ebnf":
+            return json.dumps({"grammars": [{"lark_grammar": grammar_from("ebnf", text)}]})
+        return grammar_from("regex", text) if field == "regex" else text
     except (ValueError, RecursionError) as error:
         raise ParamError(field, f"can't be read: {first_line(error)}") from None
 

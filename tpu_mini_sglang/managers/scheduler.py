@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Constrain', 'Draft', 'Runner', 'Limits', 'Counters', 'Awaited', 'Flight', 'SchedulerState', 'refusal', 'problem_with',
            'add', 'remove', 'cut_short', 'abort', 'expire', 'flush', 'stats', 'receive', 'retract', 'continue_request',
-           'reserve', 'start', 'cached_pages', 'place', 'admit', 'plan', 'drafts_for', 'guess', 'sent_off',
-           'choose_bucket', 'launch', 'allowed_tokens', 'draw', 'take_tokens', 'settle_drafts', 'recover', 'settle',
-           'settle_until', 'check_pages', 'turn_away', 'wait_for_constraint', 'Scheduler']
+           'pages_missing', 'pages_promised', 'reserve', 'start', 'cached_pages', 'place', 'admit', 'plan',
+           'drafts_for', 'guess', 'sent_off', 'choose_bucket', 'launch', 'allowed_tokens', 'draw', 'take_tokens',
+           'settle_drafts', 'recover', 'settle', 'settle_until', 'check_pages', 'turn_away', 'wait_for_constraint',
+           'Scheduler']
 
 # %% ../../nbs/30_scheduler.ipynb #70e65549
 """Continuous batching over a paged pool: messages in, one device step, messages out."""
@@ -41,6 +42,8 @@ from tpu_mini_sglang.managers.schedule_batch import (
     accept_token,
     attach_prefix,
     detach,
+    discard,
+    ends_by_length,
     forget_pages,
     grow,
     how_it_goes_on,
@@ -51,7 +54,13 @@ from tpu_mini_sglang.managers.schedule_batch import (
     tokens_left,
     wants_report,
 )
-from .schedule_policy import StepBudget, order_shards, order_waiting, retraction_victim
+from tpu_mini_sglang.managers.schedule_policy import (
+    NewTokenRatio,
+    StepBudget,
+    order_shards,
+    order_waiting,
+    retraction_victim,
+)
 from ..mem_cache.pool import pages_for
 from ..model_executor.model_runner import Bucket, Buckets, Row, StepError
 from ..sampling.sampler import SampleOutput, SamplingBatch
@@ -98,6 +107,7 @@ class Limits:
     overlap: bool = False  # plan the next step while the device runs this one
     waiting_timeout: float = math.inf  # seconds from arrival to admission
     running_timeout: float = math.inf  # seconds from admission to the end
+    conservativeness: float = 1.0  # how much memory is kept free for running requests, see NewTokenRatio
 
 # %% ../../nbs/30_scheduler.ipynb #53924fd1
 @dataclass
@@ -153,6 +163,7 @@ class SchedulerState:
         self.flights: deque[Flight] = deque()  # steps sent off and not read, oldest first
         self.sampling = SamplingRows()
         self.counters = Counters()
+        self.ratio = NewTokenRatio(limits.conservativeness)
         self.victim = retraction_victim  # who gives way when pages run out
         self.clock = time.monotonic  # seconds
 
@@ -215,11 +226,15 @@ def add(state: SchedulerState, spec: GenerateReq) -> list[Message]:
     return []
 
 # %% ../../nbs/30_scheduler.ipynb #dd39f683
-def remove(state: SchedulerState, req: Req) -> None:
+def remove(
+    state: SchedulerState,
+    req: Req,
+    give_back: Callable[[RequestMemory, Req], None] = detach,  # what becomes of its pages
+) -> None:
     """Take a request out of wherever it is, and its pages back."""
     if req in state.running:
         state.running.remove(req)
-        detach(state.memory_of(req), req)
+        give_back(state.memory_of(req), req)
     else:
         state.waiting.remove(req)
 
@@ -274,6 +289,7 @@ def stats(state: SchedulerState) -> dict[str, Any]:
         "cached_pages": sum(memory.cache.num_cached for memory in state.memories),
         "total_pages": sum(memory.allocator.num_pages for memory in state.memories),
         "compiles": state.runner.num_compiles,
+        "new_token_ratio": state.ratio.now,
         **asdict(state.counters),
     }
 
@@ -297,6 +313,8 @@ def retract(state: SchedulerState, req: Req) -> None:
     state.counters.retractions += 1
     remove(state, req)
     state.waiting.append(req)
+    others = state.running_on(req.shard)
+    state.ratio.tighten([r.num_output for r in others], [r.num_output + tokens_left(r) for r in others])
 
 # %% ../../nbs/30_scheduler.ipynb #66626e3f
 def continue_request(
@@ -317,16 +335,36 @@ def continue_request(
         chosen[req] = n
 
 # %% ../../nbs/30_scheduler.ipynb #69dc255c
+def pages_missing(
+    memory: RequestMemory,
+    req: Req,
+) -> int:
+    """Pages that it still has to get for the tokens it has already."""
+    return max(0, pages_for(slots_needed(req, req.num_pending), memory.page_size) - len(req.pages))
+
+
+def pages_promised(
+    state: SchedulerState,
+    memory: RequestMemory,
+    reqs: list[Req],  # that run there
+) -> int:
+    """Pages that these are expected to take beyond those they hold."""
+    going_on = [r for r in reqs if tokens_left(r) > 0]
+    left, sure = [tokens_left(r) for r in going_on], [ends_by_length(r) for r in going_on]
+    missing = sum(pages_missing(memory, r) for r in going_on)
+    return missing + state.ratio.pages(left, sure, memory.page_size)
+
+# %% ../../nbs/30_scheduler.ipynb #ae50746a
 def reserve(
     state: SchedulerState,
     req: Req,
     shard: int,  # where it would live
 ) -> bool:
-    """Attach the cached prefix if the whole prompt fits and each request that runs there can still grow by a page."""
-    memory, running, req.shard = state.memories[shard], len(state.running_on(shard)), shard
+    """Attach the cached prefix if there is room for the whole prompt and for what all are expected to write."""
+    memory, others, req.shard = state.memories[shard], state.running_on(shard), shard
     attach_prefix(memory, req)
-    need = pages_for(slots_needed(req, req.num_pending), memory.page_size) - len(req.pages)
-    if need + running <= memory.num_available:
+    wanted = pages_promised(state, memory, [*others, req]) if others else pages_missing(memory, req)
+    if wanted <= memory.num_available:
         return True
     detach(memory, req)
     return False
@@ -356,7 +394,10 @@ def place(state: SchedulerState, req: Req, budgets: list[StepBudget]) -> bool:
     if not free:
         return False  # before anything looks at the prompt: a full server passes here at every step
     room = [memory.num_available for memory in state.memories]
-    return any(reserve(state, req, s) for s in order_shards(room, cached_pages(state, req)) if s in free)
+    if any(reserve(state, req, s) for s in order_shards(room, cached_pages(state, req)) if s in free):
+        return True
+    state.ratio.relax()  # it waits for memory
+    return False
 
 
 def admit(state: SchedulerState, budgets: list[StepBudget], chosen: dict[Req, int]) -> None:
@@ -483,7 +524,7 @@ def take_tokens(
     if one.drafts:
         settle_drafts(state, one, req.num_output - before - 1)
     if req.finish:
-        remove(state, req)
+        remove(state, req, detach if out.finite[place] else discard)
 
 
 def settle_drafts(

@@ -227,7 +227,7 @@ def enable_compile_cache(
 # %% ../../nbs/30b_startup.ipynb #a0e37104
 OWN = set(
     "model_path served_model_name download_dir chat_template host port api_key max_body_bytes max_queued_requests "
-    "req_waiting_timeout req_running_timeout watchdog_timeout profile_dir "
+    "req_waiting_timeout req_running_timeout watchdog_timeout profile_dir log_requests log_requests_level "
     "log_level node_rank dist_init_addr dist_timeout random_seed compilation_cache_dir".split()
 )  # flags that may differ from host to host
 
@@ -300,6 +300,7 @@ def limits_of(
         overlap=not args.disable_overlap_schedule and args.speculative_algorithm is None,
         waiting_timeout=args.req_waiting_timeout or math.inf,
         running_timeout=args.req_running_timeout or math.inf,
+        conservativeness=args.schedule_conservativeness,
     )
 
 # %% ../../nbs/30b_startup.ipynb #9d8e2371

@@ -11,6 +11,7 @@ __all__ = ['MAX_MEMORY', 'TEMPLATE_SECONDS', 'START_SECONDS', 'MAX_LINE', 'CHILD
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -37,16 +38,18 @@ def bound(
 
 # %% ../../nbs/36b_templates.ipynb #d6b24bc8
 def child_main() -> None:
-    """Template and variables on the first line of stdin, then chats; a line of JSON on stdout for each."""
+    """Templates and their variables on the first line of stdin, then chats; a line of JSON on stdout for each."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template, variables, seconds = json.loads(sys.stdin.readline())
+    templates, fixed, seconds = json.loads(sys.stdin.readline())
     print(json.dumps({"text": ""}), flush=True)
     for line in sys.stdin:
         bound(seconds)
         try:
-            more = {"chat_template": template, "add_generation_prompt": True} | variables
-            reply = {"text": render_jinja_template([json.loads(line)], **more)[0][0]}
+            messages, variables = json.loads(line)
+            template = templates["tools" in variables]
+            more = {"chat_template": template, "add_generation_prompt": True} | fixed | variables
+            reply = {"text": render_jinja_template([messages], **more)[0][0]}
         except Exception as error:  # a template is foreign code: whatever it raises is its own fault
             reply = {"error": str(error) or type(error).__name__}
         print(json.dumps(reply), flush=True)
@@ -89,13 +92,30 @@ class TemplateManager:
         self.tokenizer, self.seconds = tokenizer, seconds
         self.process: subprocess.Popen[bytes] | None = None
 
+    def source(
+        self,
+        tools: bool = False,  # of a chat with tools, for which some models have a template of its own
+    ) -> str:
+        """The template; empty where there is none."""
+        try:
+            return self.tokenizer.hf.get_chat_template(tools=[] if tools else None)
+        except ValueError:
+            return ""
+
+    def knows(
+        self,
+        name: str,  # of a variable
+    ) -> bool:
+        """Whether the template may look at it."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source(True)) is not None
+
     def start(self) -> subprocess.Popen[bytes]:
         """A child that waits for chats; it hears no Ctrl-C, which is the server's business."""
         hf, pipe, quiet = self.tokenizer.hf, subprocess.PIPE, os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD], stdin=pipe, stdout=pipe, env=quiet, start_new_session=True
         )
-        setup = [hf.get_chat_template(), hf.special_tokens_map, self.seconds]
+        setup = [[self.source(False), self.source(True)], hf.special_tokens_map, self.seconds]
         if exchange(child, setup, START_SECONDS) is None:
             raise TemplateError("the process for chat templates does not start")
         return child
@@ -103,13 +123,14 @@ class TemplateManager:
     def render(
         self,
         messages: list[dict[str, Any]],  # [{"role": "user", "content": "..."}]
+        **variables: Any,  # more for the template, `tools` for one
     ) -> str:
         """The text that a chat becomes. Raises TemplateError."""
-        if not self.tokenizer.chat_template:
+        if not self.source("tools" in variables):
             return self.tokenizer.render_chat(messages)  # its error says what to do without one
         if self.process is None or self.process.poll() is not None:
             self.process = self.start()
-        reply = exchange(self.process, messages, self.seconds)
+        reply = exchange(self.process, [messages, variables], self.seconds)
         if reply is None:
             self.stop()
             raise TemplateError(f"the chat template did not end within {self.seconds:g} s, or wrote too much")

@@ -15,9 +15,11 @@ import itertools
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -77,6 +79,8 @@ class Limits:
     vocab_size: int  # token ids lie in [0, vocab_size)
     context_len: int  # prompt and answer together, in tokens
     max_pending: int = 1024  # requests that may wait or run at once
+    tool_call_parser: str | None = None  # how the model writes calls (chapter 38c); None: as its template says
+    reasoning_parser: str | None = None  # how it marks its thinking (chapter 38b); None: that is text as any other
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #9f3d9f1a
 def check_prompt(
@@ -168,6 +172,7 @@ class Output:
     opened_at: float = field(default_factory=time.perf_counter)  # when it was asked for, seconds
     first_at: float | None = None  # when its first tokens came, read or not
     last_at: float | None = None  # and its latest
+    asked: GenerateReq | None = None  # as it was sent
 
     @property
     def text(self) -> str:
@@ -239,6 +244,7 @@ class RequestTable:
     ):
         self.send, self.max_pending = send, max_pending
         self.live: dict[str, tuple[Call, int]] = {}  # wire id -> the call and the index of its answer
+        self.preparing = 0  # requests whose prompts are being made
         self.dead = ""  # why nothing is served any more
         self.serial = itertools.count()
         self.listeners: list[Listener] = []
@@ -252,8 +258,22 @@ class RequestTable:
             raise RequestError(self.dead, 503, code="server_error")
         if count > self.max_pending:
             raise RequestError(f"{count} answers in one call: the server takes at most {self.max_pending}", param="n")
-        if len(self.live) + count > self.max_pending:
-            raise RequestError(f"the server is busy: {len(self.live)} requests pending", 503, code="server_busy")
+        pending = len(self.live) + self.preparing
+        if pending + count > self.max_pending:
+            raise RequestError(f"the server is busy: {pending} requests pending", 503, code="server_busy")
+
+    @contextmanager
+    def seat(
+        self,
+        count: int,  # requests that want in
+    ) -> Iterator[None]:
+        """Their places while their prompts are made; RequestError if there are none."""
+        self.admit(count)
+        self.preparing += count
+        try:
+            yield
+        finally:
+            self.preparing -= count
 
     def open(
         self,
@@ -261,7 +281,7 @@ class RequestTable:
     ) -> Call:
         """Send them under ids of our own: a caller may use a name twice, a late answer must not reach its successor."""
         self.admit(len(reqs))
-        call = Call([Output(i, r.rid, r.sampling.seed or 0) for i, r in enumerate(reqs)])
+        call = Call([Output(i, r.rid, r.sampling.seed or 0, asked=r) for i, r in enumerate(reqs)])
         messages: list[Message] = []
         for i, req in enumerate(reqs):
             wire = f"{req.rid}#{next(self.serial)}"
@@ -377,17 +397,32 @@ class TokenizerDesk(AbortingTable):
             threads.shutdown()
         self.templates.stop()
 
+    async def encode(
+        self,
+        text: str,  # a prompt
+        add_special_tokens: bool,  # BOS, where the model wants one
+    ) -> list[int]:
+        """Its token ids. A text that is far too long for the context is not even tokenised."""
+        most = 4 * self.tokenizer.longest_token * self.limits.context_len  # 4: some tokenizers shorten texts first
+        if len(text) > most:
+            message = f"{len(text)} characters can't fit a context of {self.limits.context_len} tokens"
+            raise RequestError(message, param="prompt", code="context_length_exceeded")
+        return await self.in_worker(self.tokenizer.encode, text, add_special_tokens)
+
     async def chat(
         self,
         messages: list[dict[str, Any]],  # OpenAI's shape, contents as text
-    ) -> list[int]:
-        """The prompt's token ids, by the model's chat template."""
+        **variables: Any,  # more for the template
+    ) -> tuple[str, list[int]]:
+        """The prompt by the model's chat template, and its token ids."""
         loop = asyncio.get_running_loop()
-        try:
-            text = await loop.run_in_executor(self.renderer, self.templates.render, messages)
-            return await self.in_worker(self.tokenizer.encode, text, False)  # the template writes BOS where it belongs
-        except (TemplateError, TextError) as error:
-            raise RequestError(f"messages: {error}", param="messages") from None
+        render = partial(self.templates.render, messages, **variables)
+        with self.seat(1):
+            try:
+                text = await loop.run_in_executor(self.renderer, render)
+                return text, await self.encode(text, False)  # the template writes BOS where it belongs
+            except (TemplateError, TextError) as error:
+                raise RequestError(f"messages: {error}", param="messages") from None
 
     async def prepare(
         self,
@@ -398,7 +433,7 @@ class TokenizerDesk(AbortingTable):
         ids: Any = item.prompt
         if isinstance(ids, str):
             try:
-                ids = await self.in_worker(self.tokenizer.encode, ids)
+                ids = await self.encode(ids, True)
             except TextError as error:
                 raise RequestError(f"prompt: {error}", param="prompt") from None
         ids = check_prompt(ids, self.limits)
@@ -465,8 +500,8 @@ class TokenizerManager(Switchboard):
         items: list[GenerateInput],  # the prompts of one call
     ) -> AsyncGenerator[Output, None]:
         """Each answer whenever it grew (or, without `stream`, when it ended). Leaving the loop aborts the rest."""
-        self.admit(len(items))  # before any work; `open` counts again, with a checked n
-        reqs = [req for item in items for req in await self.prepare(item)]
+        with self.seat(len(items)):  # before any work; `open` counts again, with a checked n
+            reqs = [req for item in items for req in await self.prepare(item)]
         call, stream = self.open(reqs), any(item.stream for item in items)
         try:
             while not call.done:

@@ -240,7 +240,7 @@ class EvictionQueue:
         while self._heap:
             key, _, node = heapq.heappop(self._heap)
             node.queued = False
-            if key == self._priority(node) and not (node.children or node.ref_count):
+            if key == self._priority(node) and not (node.children or node.ref_count or node.parent is None):
                 return node
             self.offer(node)  # stale: back with its present key, or out until it is an idle leaf again
         return None
@@ -345,6 +345,18 @@ class RadixCache(EvictingTree):
     ) -> int:
         """How many leading pages are cached; not an access, changes nothing."""
         return known_pages(self.root, page_rows(token_ids, self.page_size), salt.encode())
+
+    def forget(
+        self,
+        node: TreeNode,  # the end of a sequence whose keys and values are in doubt
+    ) -> None:
+        """Free all that begins with the same page, but for what somebody reads."""
+        top = [*path_up(node)][-1:]
+        for step in [*reversed([below for t in top for below in nodes_below(t)]), *top]:
+            if not (step.children or step.ref_count):
+                taken, _ = cut_leaf(step, len(step.pages))
+                self.allocator.free(taken)
+                self.num_cached -= len(taken)
 
     def reset(self) -> None:
         """Free every page; PoolError while one is locked."""

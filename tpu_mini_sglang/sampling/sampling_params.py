@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'FIELD_TYPES', 'MAX_LOGIT_BIAS', 'MAX_STOPS', 'MAX_STOP_CHARS', 'MAX_STOP_TOKEN_IDS', 'MAX_TOP_LOGPROBS',
-           'GRAMMARS', 'MAX_GRAMMAR_BYTES', 'BOUNDS', 'ParamError', 'SamplingParams', 'resolve_name', 'convert_value',
+           'MAX_GRAMMAR_BYTES', 'BOUNDS', 'ParamError', 'SamplingParams', 'resolve_name', 'convert_value',
            'check_types', 'params_from_dict', 'Bound', 'check_bound', 'check_stops', 'check_unicode', 'check_token_ids',
            'check_logit_bias', 'check_grammars', 'check_lengths', 'fold_seed']
 
@@ -51,14 +51,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     n: int = 1
-    json_schema: str | None = None  # what the answer must obey (chapter 32), at most one of the three
+    json_schema: str | None = None  # what the answer must obey (chapter 32), at most one of the four
     regex: str | None = None
     ebnf: str | None = None
+    llguidance: str | None = None
 
     @property
     def grammar(self) -> tuple[str, str] | None:
         """What the answer must obey: the field that says it, and its text."""
-        return next(((name, text) for name in GRAMMARS if (text := getattr(self, name)) is not None), None)
+        return next(((name, text) for name in MAX_GRAMMAR_BYTES if (text := getattr(self, name)) is not None), None)
 
     @classmethod
     def from_dict(
@@ -106,9 +107,10 @@ def resolve_name(
     """The field that a client's name means; `ParamError` with the nearest known name otherwise."""
     field = ALIASES.get(name, name)
     if field not in FIELD_TYPES:
-        near = difflib.get_close_matches(str(name), [*FIELD_TYPES, *ALIASES], n=1)
+        name = str(name)[:100]  # to look for likely names takes time, and the message goes back
+        near = difflib.get_close_matches(name, [*FIELD_TYPES, *ALIASES], n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(FIELD_TYPES)}"
-        raise ParamError(str(name), f"is not a sampling parameter{hint}")
+        raise ParamError(name, f"is not a sampling parameter{hint}")
     return field
 
 # %% ../../nbs/06_sampling_params.ipynb #ca49bd26
@@ -159,7 +161,7 @@ class Bound(NamedTuple):
 
 
 MAX_LOGIT_BIAS, MAX_STOPS, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS = 300, 16, 256, 16, 20
-GRAMMARS, MAX_GRAMMAR_BYTES = ("json_schema", "regex", "ebnf"), 1 << 16
+MAX_GRAMMAR_BYTES = {"json_schema": 1 << 16, "regex": 1 << 16, "ebnf": 1 << 16, "llguidance": 1 << 18}
 BOUNDS = {
     "temperature": Bound(0, 1_000_000),
     "top_p": Bound(0, 1, open_low=True),
@@ -236,14 +238,15 @@ def check_grammars(
     params: SamplingParams,  # the request's
 ) -> None:
     """Raise `ParamError` for a second grammar, or one too long."""
-    given = [name for name in GRAMMARS if getattr(params, name) is not None]
+    given = [name for name in MAX_GRAMMAR_BYTES if getattr(params, name) is not None]
     for name in given:
         text = getattr(params, name)
         check_unicode(name, text)
         if name != given[0]:
             raise ParamError(name, f"can't be given together with {given[0]}")
-        if len(text.encode()) > MAX_GRAMMAR_BYTES:
-            raise ParamError(name, f"may have at most {MAX_GRAMMAR_BYTES} bytes, got {len(text.encode())}")
+        size, most = len(text.encode()), MAX_GRAMMAR_BYTES[name]
+        if size > most:
+            raise ParamError(name, f"may have at most {most} bytes, got {size}")
 
 # %% ../../nbs/06_sampling_params.ipynb #fe59fb89
 def check_lengths(
