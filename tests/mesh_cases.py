@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from parity_models import VARIANTS, write_checkpoint
 from tpu_mini_sglang.kernels.attention import AttentionBatch, paged_attention
 from tpu_mini_sglang.kernels.ragged_prefill import attention_kernels
 from tpu_mini_sglang.managers.io_struct import GenerateReq
-from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, stats
+from tpu_mini_sglang.managers.scheduler import Draft, Limits, Scheduler, check_pages, stats
 from tpu_mini_sglang.managers.startup import build_scheduler
-from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
+from tpu_mini_sglang.model_executor.model_runner import Bucket, Buckets, ModelRunner
 from tpu_mini_sglang.models.hub import load_model_config, open_checkpoint
 from tpu_mini_sglang.models.weights import load_model
 from tpu_mini_sglang.sampling.sampling_params import SamplingParams
@@ -64,11 +65,12 @@ def requests(vocab: int, count: int) -> list[GenerateReq]:
     return specs
 
 
-def serve(runner: ModelRunner, specs: list[GenerateReq]) -> dict[str, list[int]]:
+def serve(runner: ModelRunner, specs: list[GenerateReq], draft: Draft | None = None) -> dict[str, list[int]]:
     """The tokens of each request, served together through a scheduler; those of top logprobs after them."""
     config = runner.config
-    limits = Limits(config.context_len, config.vocab_size, config.eos_token_ids, CHUNK, ROWS, overlap=True)
-    scheduler, tokens, top = Scheduler(runner, limits), {s.rid: [] for s in specs}, {s.rid: [] for s in specs}
+    limits = Limits(config.context_len, config.vocab_size, config.eos_token_ids, CHUNK, ROWS, overlap=draft is None)
+    scheduler = Scheduler(runner, limits, draft=draft)
+    tokens, top = {s.rid: [] for s in specs}, {s.rid: [] for s in specs}
     incoming, used = list(specs), set()
     while incoming or scheduler.has_work:
         for out in scheduler.step(incoming[:3]):
@@ -79,14 +81,38 @@ def serve(runner: ModelRunner, specs: list[GenerateReq]) -> dict[str, list[int]]
         check_pages(scheduler.state)
         used |= {r.shard for r in scheduler.state.running}
     assert used == set(range(runner.num_shards)), f"only the shards {used} had work"
+    assert draft is None or scheduler.state.counters.spec_accepted_tokens > 0, "no draft was ever right"
     assert runner.num_shards > 2 or stats(scheduler.state)["cached_tokens"] > 0, "no prefix was ever found"
     return {rid: tokens[rid] + top[rid] for rid in tokens}
 
 
-def tokens(name: str, tp: int, dp: int, backend: str = "xla", count: int = 9) -> dict:
-    """What the requests get from this family on this mesh."""
-    hf = VARIANTS[name] | SPLITS
-    return {"tokens": serve(load_runner(hf, tp, dp, backend), requests(hf["vocab_size"], count))}
+class Knows:
+    """Drafts from texts that are known beforehand, one in four with a mistake."""
+
+    def __init__(self, texts: list[list[int]]):
+        self.texts, self.rng = texts, random.Random(0)
+
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        """Up to six tokens."""
+        done, most = len(token_ids), min(most, self.rng.randint(0, 6))
+        (drafts,) = [text[done : done + most] for text in self.texts if text[:done] == list(token_ids)]
+        if drafts and self.rng.random() < 0.25:
+            drafts[self.rng.randrange(len(drafts))] = self.rng.randrange(SPLITS["vocab_size"])
+        return drafts
+
+    def learn(self, drafted: int, right: int) -> None:
+        """No need to."""
+
+
+def tokens(name: str, tp: int, dp: int, backend: str = "xla", count: int = 9, drafts: bool = False) -> dict:
+    """What the requests get from this family on this mesh, perhaps once more with drafts."""
+    hf, buckets = VARIANTS[name] | SPLITS, Buckets(CHUNK, ROWS, ROWS, 16, [Bucket(CHUNK, ROWS, 8, scored=CHUNK)])
+    runner, specs = load_runner(hf, tp, dp, backend, buckets), requests(hf["vocab_size"], count)
+    found = serve(runner, specs)
+    if drafts:
+        texts = [[*spec.input_ids, *found[spec.rid]] for spec in specs]
+        found = serve(runner, specs, lambda: Knows(texts))
+    return {"tokens": found}
 
 
 def startup(name: str, tp: int, dp: int) -> dict:

@@ -69,15 +69,15 @@ def time_batch(
         greedy = SamplingParams(max_new_tokens=p.max_tokens, temperature=0.0, ignore_eos=True)
         incoming.append(GenerateReq(f"batch-{i}", list(p.prompt), greedy, stream=True))  # type: ignore[arg-type]
     silent, moments = {req.rid for req in incoming}, [clock()]
-    prefill_steps = tokens = 0
+    prefill_steps = tokens = firsts = 0
     while incoming or core.has_work:
         outs = [out for out in core.step(incoming) if isinstance(out, TokenOut)]
         moments.append(clock())
         check_answers(outs)
         incoming, tokens = [], tokens + sum(len(out.token_ids) for out in outs)
-        prefill_steps += bool(silent)
+        prefill_steps, firsts = prefill_steps + bool(silent), tokens if silent else firsts
         silent -= {out.rid for out in outs if out.token_ids}
-    return batch_row(len(prompts), tokens, moments, prefill_steps)
+    return batch_row(len(prompts), tokens, tokens - firsts, moments, prefill_steps)
 
 
 def check_answers(
@@ -92,6 +92,7 @@ def check_answers(
 def batch_row(
     size: int,  # requests
     tokens: int,  # all that they were answered with
+    decoded: int,  # of these, those that came after every request had its first
     moments: Sequence[float],  # before the first step and after each, seconds
     prefill_steps: int,  # until every request had a token
 ) -> dict[str, float]:
@@ -99,8 +100,9 @@ def batch_row(
     steps = [b - a for a, b in zip(moments, moments[1:], strict=False)]
     prefill, decode = sum(steps[:prefill_steps]), steps[prefill_steps:]
     step = statistics.median(decode) if decode else float("nan")
+    rate = decoded / len(decode) / step if decode else float("nan")  # drafts may bring several a row
     total = moments[-1] - moments[0]
-    row = {"batch_size": size, "prefill_s": prefill, "decode_step_s": step, "decode_tok_s": size / step}
+    row = {"batch_size": size, "prefill_s": prefill, "decode_step_s": step, "decode_tok_s": rate}
     return row | {"total_s": total, "out_tok_s": tokens / total}
 
 # %% ../nbs/43_bench_offline.ipynb #9e9f2b9e
@@ -228,8 +230,9 @@ def real_core(
 ) -> Core:
     """With weights, compiled, on this thread."""
     from tpu_mini_sglang.managers.startup import build_scheduler  # JAX comes in here
+    from tpu_mini_sglang.speculative.ngram import drafter
 
-    return build_scheduler(args, note)
+    return build_scheduler(args, note, draft=drafter(args))
 
 # %% ../nbs/43_bench_offline.ipynb #6e8b143b
 def main(

@@ -37,7 +37,9 @@ Pieces = Generator[str, None, None]  # an answer as it grows; closing it aborts 
 # What an engine without HTTP, for one request at a time, can be told: the rest of ServerArgs would mean nothing here.
 ENGINE_FIELDS = (
     "model_path download_dir chat_template dtype quantization context_length tp_size attention_backend kv_cache_dtype "
-    "page_size mem_fraction_static max_total_tokens chunked_prefill_size compilation_cache_dir"
+    "page_size mem_fraction_static max_total_tokens chunked_prefill_size compilation_cache_dir "
+    "speculative_algorithm speculative_num_draft_tokens "
+    "speculative_ngram_min_match_window_size speculative_ngram_max_match_window_size"
 ).split()
 
 

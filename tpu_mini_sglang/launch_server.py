@@ -122,14 +122,19 @@ def real_scheduler(
 ) -> Any:
     """The scheduler with model and device; JAX lives in its process alone."""
     from tpu_mini_sglang.constrained.grammar import Grammars
+    from tpu_mini_sglang.managers.scheduler import Limits as SchedulerLimits
     from tpu_mini_sglang.managers.startup import build_scheduler
+    from tpu_mini_sglang.speculative.ngram import drafter
     from tpu_mini_sglang.tokenizer import load_tokenizer
 
     def load() -> "Tokenizer":
         assert args.model_path is not None
         return load_tokenizer(args.model_path)
 
-    scheduler = build_scheduler(args, say, lambda at: Grammars(load, at.vocab_size, at.eos_token_ids))
+    def grammars(at: SchedulerLimits) -> Grammars:
+        return Grammars(load, at.vocab_size, at.eos_token_ids)
+
+    scheduler = build_scheduler(args, say, grammars, drafter(args))
     return Profiled(scheduler, args.profile_dir)
 
 

@@ -192,6 +192,14 @@ class ServerArgs(Flags):
     )
     disable_radix_cache: bool = flag(False, "compute every prompt from its first token")
     disable_overlap_schedule: bool = flag(False, "plan a step only when the one before it has been read")
+    speculative_algorithm: str | None = flag(
+        None, "NGRAM: guess from the text so far, check several tokens in a step; nothing overlaps", choices=("NGRAM",)
+    )
+    speculative_num_draft_tokens: int = flag(
+        8, "tokens of a request in such a step, its own and drafts", bounds=(2, 64)
+    )
+    speculative_ngram_min_match_window_size: int = flag(4, "last tokens that must have occurred before", bounds=(1, 64))
+    speculative_ngram_max_match_window_size: int = flag(12, "of the longest match that is looked for", bounds=(1, 64))
 
     random_seed: int = flag(0, "root of the seeds of requests that name none", bounds=(0, 2**32 - 1))
     skip_server_warmup: bool = flag(False, "accept requests at once and compile when they come")
@@ -215,6 +223,10 @@ def check_together(
         raise ConfigError(f"--chunked-prefill-size {chunk} must be a multiple of --page-size {page}")
     if total is not None and total < page:
         raise ConfigError(f"--max-total-tokens {total} must hold at least one page, --page-size {page}")
+    low, high = args.speculative_ngram_min_match_window_size, args.speculative_ngram_max_match_window_size
+    if low > high:
+        window = "--speculative-ngram-{}-match-window-size".format
+        raise ConfigError(f"{window('min')} {low} must be at most {window('max')} {high}")
     if args.node_rank >= args.nnodes:
         raise ConfigError(f"--node-rank {args.node_rank} must be below --nnodes {args.nnodes}")
     if (args.nnodes > 1) != (args.dist_init_addr is not None):

@@ -417,9 +417,14 @@ def load_parts(
 
     def build() -> Core:
         from tpu_mini_sglang.constrained.grammar import Grammars
-        from tpu_mini_sglang.managers.startup import build_scheduler  # JAX comes in here
+        from tpu_mini_sglang.managers.scheduler import Limits as SchedulerLimits  # JAX comes in here
+        from tpu_mini_sglang.managers.startup import build_scheduler
+        from tpu_mini_sglang.speculative.ngram import drafter
 
-        return build_scheduler(args, report, lambda at: Grammars(lambda: tokenizer, at.vocab_size, at.eos_token_ids))
+        def grammars(at: SchedulerLimits) -> Grammars:
+            return Grammars(lambda: tokenizer, at.vocab_size, at.eos_token_ids)
+
+        return build_scheduler(args, report, grammars, drafter(args))
 
     return Parts(tokenizer, limits, build)
 

@@ -104,11 +104,22 @@ GAUGES: dict[str, tuple[str, Callable[[Stats, int], float]]] = {
         "Prompt tokens found in the prefix cache, since the start.",
         lambda s, page: share(s["cached_tokens"], s["prompt_tokens"]),
     ),
+    "spec_accept_length": (
+        "Tokens of a row that came with drafts, its own counted, since the start.",
+        lambda s, page: 1 + s["spec_accepted_tokens"] / s["spec_verify_calls"],
+    ),
+    "spec_accept_rate": (
+        "The share of all drafts that were right.",
+        lambda s, page: s["spec_accepted_tokens"] / s["spec_drafted_tokens"],
+    ),
 }
 COUNTERS = {
     "steps": "Steps of the device.",
     "retractions": "Requests that had to give their pages back.",
     "compiles": "Programs compiled; after warm-up this stands still.",
+    "spec_verify_calls": "Rows that came with drafts.",
+    "spec_drafted_tokens": "Drafts.",
+    "spec_accepted_tokens": "Drafts that were right.",
 }
 
 # %% ../../nbs/39b_metrics.ipynb #1d2ac6c4
@@ -127,7 +138,7 @@ class SchedulerCollector(Collector):
         for name, (help, read) in GAUGES.items():
             try:
                 value = read(self.stats, self.page_size)
-            except KeyError:  # not reported: better missing than wrong
+            except (KeyError, ZeroDivisionError):  # not reported, or nothing yet: better missing than wrong
                 continue
             gauge = GaugeMetricFamily(f"sglang:{name}", help, labels=["model_name"])
             gauge.add_metric([self.model], value)
