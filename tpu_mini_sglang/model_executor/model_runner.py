@@ -30,6 +30,7 @@ from ..mem_cache.pool import KVCache, init_kv_cache
 from ..model_config import ModelConfig
 from ..models.decoder import DecoderLM
 from ..sampling.sampler import SampleOutput, SamplingBatch, sample
+from ..sharding import sharding
 
 # %% ../../nbs/22_model_runner.ipynb #943ad5fb
 def ladder(
@@ -396,7 +397,7 @@ class ModelRunner:
 
         places = jax.tree.map(lambda x: x.sharding, self.kv)  # a step leaves the pages where it found them
         self.rows = NamedSharding(mesh, ROWS)
-        self.scores = Scores(NamedSharding(mesh, PartitionSpec("data", "tensor")), self.rows, self.rows, self.rows)
+        self.scores = Scores(sharding(mesh, "batch", "vocab"), self.rows, self.rows, self.rows)
         everywhere = NamedSharding(mesh, WHOLE)  # so that any process can read what was sampled
         out: dict[str, Any] = {"donate_argnums": 1, "out_shardings": (places, self.scores)}
         self._score = jax.jit(on_each_shard(scored, mesh, self.kv), **out)
