@@ -41,14 +41,17 @@ SPLITS = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size
 PAGE, CHUNK, ROWS, PAGES = 4, 32, 4, 40
 
 
-def load_runner(hf: dict, tp: int, dp: int, ep: int = 1, backend: str = "xla") -> ModelRunner:
+def load_runner(
+    hf: dict, tp: int, dp: int, ep: int = 1, backend: str = "xla", buckets: Buckets | None = None
+) -> ModelRunner:
     """The engine's own way from a checkpoint to a runner."""
     with tempfile.TemporaryDirectory() as tmp:
         folder = write_checkpoint(Path(tmp), hf)
         config, mesh = load_model_config(folder, dtype="float32"), make_mesh(tp, dp, ep)
         config = fit_to_devices(config, tp, ep)
         model = load_model(config, open_checkpoint(folder), mesh, progress=False)
-        return ModelRunner(model, config, mesh, PAGES, PAGE, Buckets(CHUNK, ROWS, ROWS, 16), backend)
+        buckets = buckets or Buckets(CHUNK, ROWS, ROWS, 16)
+        return ModelRunner(model, config, mesh, PAGES, PAGE, buckets, backend)
 
 
 def requests(vocab: int, count: int) -> list[GenerateReq]:
