@@ -7,7 +7,6 @@ __all__ = ['PIECE_BYTES', 'Map', 'Experts', 'product', 'through', 'every_expert'
 # %% ../../nbs/10e_grouped.ipynb #bf379b28
 """The MLPs of many experts, each on its own tokens: a table of blocks, an XLA version and a Pallas TPU kernel."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
