@@ -2,7 +2,7 @@
 
 A child process of test_tpu_compile.py, because libtpu reads its environment before JAX starts.
 Run by hand, it makes the chapters' tables. Every configuration, 300 programs and some ten minutes a generation:
-`python tests/compile_for_tpu.py --all v5e:2x2 v6e:2x2 v5p:2x2x1 tpu7x:2x2x1`.
+`python tests/compile_for_tpu.py --all v5e:2x2 v6e:2x2 v5p:2x2x1 tpu7x:2x2x1`; with `--experts` chapter 10e's kernel.
 """
 
 import argparse
@@ -101,12 +101,11 @@ def compile_experts(mesh, tokens, taken, experts, hidden, ffn, dtype, weights):
     def shaped(*shape, kind=dtype):
         return jax.ShapeDtypeStruct(shape, kind, sharding=place)
 
-    def stack(a, b):
-        return Map(
-            shaped(experts, a, b, kind=weights), shaped(experts, 1, b, kind="float32") if weights == "int8" else None
-        )
+    def stack(outputs):
+        scale = shaped(experts, 1, outputs, kind="float32") if weights == "int8" else None
+        return Map(shaped(experts, ffn, hidden, kind=weights), scale)
 
-    maps = Experts(stack(hidden, ffn), stack(hidden, ffn), stack(ffn, hidden))
+    maps = Experts(stack(ffn), stack(ffn), stack(hidden))
     args = shaped(tokens, hidden), shaped(tokens, taken, kind="int32"), shaped(tokens, taken, kind="float32"), maps
     begun = time.perf_counter()
     run = partial(mix, rows=block_rows(tokens * taken, experts), run=blocks_pallas)
@@ -124,21 +123,21 @@ def compile_experts(mesh, tokens, taken, experts, hidden, ffn, dtype, weights):
 
 EXPERTS = (  # tokens, experts that each takes, experts here, hidden size, their width here, dtype, dtype of the weights
     (64, 8, 128, 2048, 768, "bfloat16", "bfloat16"),  # Qwen3-30B-A3B, a layer on one device
-    (2048, 8, 128, 2048, 768, "bfloat16", "int8"),
+    (512, 8, 128, 2048, 768, "bfloat16", "int8"),
     (64, 8, 16, 2048, 768, "bfloat16", "bfloat16"),  # an eighth of its experts
     (64, 8, 128, 2048, 96, "bfloat16", "bfloat16"),  # an eighth of their width
     (512, 2, 8, 4096, 14336, "bfloat16", "bfloat16"),  # Mixtral-8x7B
     (64, 2, 8, 4096, 1792, "bfloat16", "int8"),
     (16, 2, 8, 512, 1024, "float32", "float32"),
-    (64, 2, 8, 4096, 1376, "bfloat16", "bfloat16"),  # what experts_refusal refuses
+    (64, 2, 8, 4096, 1376, "bfloat16", "bfloat16"),  # in pieces of 32 rows: no other divisor is in whole tiles
 )
 
 
-def configurations(how_many):
-    """Kernel, head size, page size, dtypes of queries and pool, and heads, of what is compiled: all, some or few."""
+def configurations(every):
+    """Kernel, head size, page size, dtypes of queries and pool, heads and table of what is compiled: all, or some."""
     dims, sizes, heads = (64, 128, 256), (16, 32, 64, 128, 256), ((32, 8),)  # 80 and 96 are stored as 128
     kinds = [(q, kv) for q in ("bfloat16", "float32") for kv in (q, "int8", "float8_e4m3fn")]
-    if how_many != "all":  # some: every head size, every page size, every dtype and every kernel at least once
+    if not every:  # some: every head size, every page size, every dtype and every kernel at least once
         some = [(64, 16, "bfloat16", "bfloat16", (9, 3)), (80, 32, "float32", "int8", (32, 8))]
         some += [(96, 16, "bfloat16", "float8_e4m3fn", (8, 8)), (128, 16, "bfloat16", "bfloat16", (32, 8))]
         some += [(128, 64, "bfloat16", "int8", (4, 1)), (128, 128, "float32", "float32", (32, 8))]
@@ -147,7 +146,6 @@ def configurations(how_many):
         beyond += [(256, 256, "float32", "float32", (32, 8), TABLE)]
         beyond += [(128, 16, "bfloat16", "bfloat16", (32, 8), (64, 8192))]  # what some compiler refuses
         cases = [(*case, TABLE) for case in some] + beyond
-        cases = cases[2::3] if how_many == "few" else cases
         return [(step, *case[:4], *case[4], *case[5]) for case in cases for step in STEPS]
     rest = product(dims, sizes, kinds, heads, STEPS)
     same = ("float32", "int8"), ("float32", "float8_e4m3fn")  # to the write, which knows the pool's dtype alone
@@ -155,28 +153,35 @@ def configurations(how_many):
     return [(step, dim, size, *kind, *n, *TABLE) for dim, size, kind, n, step in rest]
 
 
+def my_share(cases, turn, of):
+    """So many of every four: a diagonal, so that four turns share all kernels of all configurations among them."""
+    return [case for i, case in enumerate(cases) if turn is None or (i // len(STEPS) + i + turn) % 4 < of]
+
+
 def main():
     """Every case for each generation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("generations", nargs="*", default=["v5e:2x2"])
-    parser.add_argument("--all", dest="how_many", action="store_const", const="all", default="some")
-    parser.add_argument("--few", dest="how_many", action="store_const", const="few")
+    parser.add_argument("--all", dest="every", action="store_true")
     parser.add_argument("--experts", action="store_true", help="the kernel for experts, not those for attention")
+    parser.add_argument(
+        "--turn", type=int, help="a number for each generation: a share of both, each case twice or once"
+    )
     given = parser.parse_args()
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    attention = [] if given.experts else my_share(configurations(given.every), given.turn, 2)
+    experts = my_share(EXPERTS, given.turn, 1) if given.experts or given.turn is not None else []
     for name in given.generations:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
         mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-        for case in EXPERTS if given.experts else ():
+        for case in attention:
+            keys = ("kernel", "head_dim", "page_size", "dtype", "kv_dtype", "q_heads", "kv_heads", "rows", "row_pages")
+            about = {"tpu": name, "full": given.every, **dict(zip(keys, case, strict=True)), **versions}
+            print(json.dumps(about | compile_case(mesh, *case)), flush=True)
+        for case in experts:
             keys = ("tokens", "taken", "experts", "hidden", "ffn", "dtype", "weights")
             about = {"tpu": name, **dict(zip(keys, case, strict=True)), **versions}
             print(json.dumps(about | compile_experts(mesh, *case)), flush=True)
-        if given.experts:
-            continue
-        for case in configurations(given.how_many):
-            keys = ("kernel", "head_dim", "page_size", "dtype", "kv_dtype", "q_heads", "kv_heads", "rows", "row_pages")
-            about = {"tpu": name, "full": given.how_many == "all", **dict(zip(keys, case, strict=True)), **versions}
-            print(json.dumps(about | compile_case(mesh, *case)), flush=True)
 
 
 if __name__ == "__main__":
