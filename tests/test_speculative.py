@@ -219,7 +219,7 @@ def test_a_planted_mistake_is_seen(runner, monkeypatch):
         check_same(serve(new_scheduler(runner), [[spec]])["r"], want)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_mesh.py has less of the same
 @pytest.mark.timeout(900)
 def test_pallas_kernels_interpreted(runner):
     """The ragged kernel with small blocks checks the drafts: tokens as with XLA's attention."""
