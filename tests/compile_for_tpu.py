@@ -153,9 +153,14 @@ def configurations(every):
     return [(step, dim, size, *kind, *n, *TABLE) for dim, size, kind, n, step in rest]
 
 
-def my_share(cases, turn, of):
-    """So many of every four: a diagonal, so that four turns share all kernels of all configurations among them."""
-    return [case for i, case in enumerate(cases) if turn is None or (i // len(STEPS) + i + turn) % 4 < of]
+def my_share(turn, every):
+    """Cases of attention and of experts; one of four turns has some, on a diagonal: so all turns together have all."""
+    attention, experts = configurations(every), list(EXPERTS)
+    if turn is None:
+        return attention, experts
+    once = [(case, 1 if case[0] == "prefill" else 2) for case in attention]  # other kernels compile faster: twice
+    attention = [case for i, (case, times) in enumerate(once) if (i // len(STEPS) + i + turn) % 4 < times]
+    return attention, experts[turn::4]
 
 
 def main():
@@ -169,16 +174,15 @@ def main():
     )
     given = parser.parse_args()
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
-    attention = [] if given.experts else my_share(configurations(given.every), given.turn, 2)
-    experts = my_share(EXPERTS, given.turn, 1) if given.experts or given.turn is not None else []
+    attention, experts = my_share(given.turn, given.every)
     for name in given.generations:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
         mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-        for case in attention:
+        for case in [] if given.experts else attention:
             keys = ("kernel", "head_dim", "page_size", "dtype", "kv_dtype", "q_heads", "kv_heads", "rows", "row_pages")
             about = {"tpu": name, "full": given.every, **dict(zip(keys, case, strict=True)), **versions}
             print(json.dumps(about | compile_case(mesh, *case)), flush=True)
-        for case in experts:
+        for case in experts if given.experts or given.turn is not None else []:
             keys = ("tokens", "taken", "experts", "hidden", "ffn", "dtype", "weights")
             about = {"tpu": name, **dict(zip(keys, case, strict=True)), **versions}
             print(json.dumps(about | compile_experts(mesh, *case)), flush=True)

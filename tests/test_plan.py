@@ -17,6 +17,10 @@ LLAMA = {
     "torch_dtype": "bfloat16",
 }  # fmt: skip
 SMALL = {"vocab_size": 4095, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+SPARSE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
+    "head_dim": 128,
+}  # fmt: skip
 LARGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -24,6 +28,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 def start(tmp_path, numbers, *flags):
     """The program, on a folder that holds a config.json and nothing else."""
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | numbers))
     command = [sys.executable, "-m", "tpu_mini_sglang.cli", "plan", "--model-path", str(tmp_path), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -56,11 +61,13 @@ def check_fits(done, layers, tp, dp):
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # four programs on a machine that may be busy
 def test_two_plans_at_once(tmp_path):
-    """Tensor parallelism, and two groups of it; each in a process with a compiler of its own."""
-    small = [start(tmp_path, SMALL, "--tpu", "v5e-4", "--context-length", "2048", "--json")]
-    small += [start(tmp_path, SMALL, "--tpu", "v5e-8", "--dp-size", "2", "--context-length", "2048", "--json")]
-    one, two = map(end, small)
+    """Experts in two parts, and two groups of devices; each in a process with a compiler of its own."""
+    flags = ["--context-length", "2048", "--json"]
+    sparse = start(tmp_path / "sparse", SMALL | SPARSE, "--tpu", "v6e-4", "--ep-size", "2", *flags)
+    groups = start(tmp_path / "dense", SMALL, "--tpu", "v5e-8", "--dp-size", "2", *flags)
+    one, two = end(sparse), end(groups)
     check_fits(one, 2, tp=4, dp=1)
+    assert json.loads(one[1])["flags"]["ep_size"] == 2
     if jax.__version_info__ >= (0, 12):
         check_fits(two, 2, tp=4, dp=2)
     else:  # its compiler would abort

@@ -21,7 +21,7 @@ GENERATIONS = ["v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"]
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
 @pytest.mark.parametrize("turn", range(4), ids=GENERATIONS)
 def test_kernels_compile(turn):
-    """What we don't refuse compiles, and no pool is copied: every configuration, each kernel for two generations."""
+    """What we don't refuse compiles, and no pool is copied: each kernel of each configuration for one or two of them."""
     done = subprocess.run(
         [sys.executable, str(CHILD), GENERATIONS[turn], "--turn", str(turn)],
         capture_output=True, text=True, timeout=900, check=False,
@@ -29,7 +29,7 @@ def test_kernels_compile(turn):
     assert done.returncode == 0, done.stderr[-2000:]
     cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     attention, experts = ([case for case in cases if ("kernel" in case) == is_one] for is_one in (True, False))
-    assert (len(attention), len(experts)) == (24, 2)
+    assert (len(attention), len(experts)) == (21, 2)
     names = ("head_dim", "page_size", "q_heads", "kv_heads", "dtype", "kv_dtype")
     for case in attention:
         refused = pallas_refusal(**{k: case[k] for k in names}, table=(case["rows"], case["row_pages"]))
