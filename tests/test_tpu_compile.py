@@ -21,7 +21,7 @@ GENERATIONS = ["v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"]
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'")
 @pytest.mark.parametrize("turn", range(4), ids=GENERATIONS)
 def test_kernels_compile(turn):
-    """What we don't refuse compiles, and no pool is copied: each kernel of each configuration for one or two of them."""
+    """What we don't refuse compiles, and no pool is copied: each configuration for one or two of them."""
     done = subprocess.run(
         [sys.executable, str(CHILD), GENERATIONS[turn], "--turn", str(turn)],
         capture_output=True, text=True, timeout=900, check=False,

@@ -2576,6 +2576,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'tpu_mini_sglang/tpu/schedule.py'),
                                               'tpu_mini_sglang.tpu.schedule.matmul_twin': ( 'schedule.html#matmul_twin',
                                                                                             'tpu_mini_sglang/tpu/schedule.py'),
+                                              'tpu_mini_sglang.tpu.schedule.mixed_twin': ( 'schedule.html#mixed_twin',
+                                                                                           'tpu_mini_sglang/tpu/schedule.py'),
                                               'tpu_mini_sglang.tpu.schedule.prefill_twin': ( 'schedule.html#prefill_twin',
                                                                                              'tpu_mini_sglang/tpu/schedule.py'),
                                               'tpu_mini_sglang.tpu.schedule.read_cycles': ( 'schedule.html#read_cycles',

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['CLOCK', 'BANDWIDTH', 'POOL_PAGES', 'in_hbm', 'Twin', 'UNITS', 'Case', 'replace_in', 'Known', 'decode_twin',
-           'prefill_twin', 'matmul_twin', 'compile_case', 'Loop', 'read_cycles', 'read_loops', 'Estimate', 'dump_flags',
-           'estimate', 'read_dump', 'all_cases', 'say_and_estimate', 'main']
+           'prefill_twin', 'mixed_twin', 'matmul_twin', 'compile_case', 'Loop', 'read_cycles', 'read_loops', 'Estimate',
+           'dump_flags', 'estimate', 'read_dump', 'all_cases', 'say_and_estimate', 'main']
 
 # %% ../../nbs/50b_schedule.ipynb #7a538d16
 """The compiler's own estimate of a kernel: cycles, and the busy units of each loop. No TPU; compiled, not run."""
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Case:
     """One kernel to compile, with static lengths: 32 query heads, 8 KV heads, pages of 16, bfloat16."""
 
     generation: str
-    kernel: str  # "page_per_step", "one_slot", "double_buffer", "prefill" or "matmul"
+    kernel: str  # "page_per_step", "one_slot", "double_buffer", "prefill", "mixed" or "matmul"
     dim: int = 128  # head size; of a matmul: the side of its blocks
     rows: int = 64
     length: int = 1024  # tokens of each row
@@ -56,8 +56,10 @@ class Case:
     @property
     def limit(self) -> float:
         """Cycles needed at least, at published bandwidth, peak and assumed clock: to read K and V, or to multiply."""
-        reading = self.rows * self.length * 8 * 2 * self.dim * 2 / BANDWIDTH[self.generation]
-        pairs = self.rows * (self.new * self.length - self.new * (self.new - 1) // 2)  # a query and a key it sees
+        many, ones = (1, self.rows) if self.kernel == "mixed" else (self.rows, 0)  # rows with `new` queries, with one
+        reading = (many + ones) * self.length * 8 * 2 * self.dim * 2 / BANDWIDTH[self.generation]
+        pairs = many * (self.new * self.length - self.new * (self.new - 1) // 2)  # a query and a key it sees
+        pairs += ones * self.length
         multiplying = 32 * 4 * self.dim * pairs / GENERATIONS[self.generation].peak
         return max(reading, multiplying) * CLOCK[self.generation]
 
@@ -88,7 +90,7 @@ class Known:
 POOL_PAGES = 1 << 13  # too many for VMEM, where the compiler would keep a small pool
 # where the compiler would keep it in VMEM, out of which the estimator knows not every way
 in_hbm = partial(pltpu.with_memory_space_constraint, memory_space=pltpu.HBM)
-Twin = tuple[Callable[..., jax.Array], list[tuple[tuple[int, ...], Any]]]  # a function, and its arguments' shapes
+Twin = tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]  # a function, and its arguments' shapes
 
 
 def decode_twin(
@@ -168,6 +170,20 @@ def prefill_twin(
     lens = [((blocks + 1,), jnp.int32), ((blocks,), jnp.int32), (table, jnp.int32)]
     return run, [(q, jnp.bfloat16), (pool, jnp.bfloat16), *lens]
 
+# %% ../../nbs/50b_schedule.ipynb #be2f90d4
+def mixed_twin(
+    case: Case,
+    stack: ExitStack,  # undoes the replacements
+) -> Twin:
+    """Both kernels in one program: `rows` rows decode, and of one more row of the same length `new` tokens ask."""
+    decode, (q, pool, *ones) = decode_twin(replace(case, kernel="double_buffer"), stack)
+    prefill, (queries, _, *chunk) = prefill_twin(replace(case, kernel="prefill", rows=1), stack)
+
+    def run(pool: Any, q: Any, queries: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        return decode(q, pool, *rest[: len(ones)]), prefill(queries, pool, *rest[len(ones) :])
+
+    return run, [pool, q, queries, *ones, *chunk]
+
 # %% ../../nbs/50b_schedule.ipynb #58223caf
 def matmul_twin(
     case: Case,
@@ -200,11 +216,12 @@ def compile_case(
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{case.generation}:2x2")
     mesh = Mesh(topology.devices[:1], ("x",))
     with ExitStack() as stack, jax.set_mesh(mesh):
-        function, shapes = {"matmul": matmul_twin, "prefill": prefill_twin}.get(case.kernel, decode_twin)(case, stack)
+        twins = {"matmul": matmul_twin, "prefill": prefill_twin, "mixed": mixed_twin}
+        function, shapes = twins.get(case.kernel, decode_twin)(case, stack)
         place = NamedSharding(mesh, PartitionSpec())
         args = [jax.ShapeDtypeStruct(shape, kind, sharding=place) for shape, kind in shapes]
 
-        def measured(*args: Any) -> jax.Array:  # the kernel's operation takes this name
+        def measured(*args: Any) -> Any:  # the kernel's operation takes this name
             return function(*args)
 
         jax.jit(measured).lower(*args).compile()
@@ -295,13 +312,14 @@ def read_dump(
     case: Case,
     folder: Path,  # that the compiler wrote to
 ) -> Estimate:
-    """Of the kernel alone: what XLA does around it, such as copies, has profiles of its own."""
-    (profile,) = folder.glob("measured*static_llo_profile.textproto")
-    name, cycles = profile.name.split("_TPU")[0], read_cycles(profile.read_text())
-    table, listing = (
-        next(folder.glob(f"*-{name}-*{end}")) for end in ("per-bundle-utilization.txt", "03-final_bundles.txt")
-    )
-    return Estimate(case, cycles, read_loops(listing.read_text(), table.read_text()))
+    """Of the kernels alone: what XLA does around them, such as copies, has profiles of its own."""
+    cycles, loops = 0, list[Loop]()
+    for profile in sorted(folder.glob("measured*static_llo_profile.textproto")):
+        cycles += read_cycles(profile.read_text())
+        name, ends = profile.name.split("_TPU")[0], ("per-bundle-utilization.txt", "03-final_bundles.txt")
+        table, listing = (next(folder.glob(f"*-{name}-*{end}")) for end in ends)
+        loops += read_loops(listing.read_text(), table.read_text())
+    return Estimate(case, cycles or None, loops, "" if cycles else "no profile was written")
 
 # %% ../../nbs/50b_schedule.ipynb #78eff7fa
 def all_cases() -> list[Case]:
@@ -316,6 +334,7 @@ def all_cases() -> list[Case]:
         loads = [(1, 2048, 2048), (1, 4608, 512), (4, 512, 512)]  # rows, tokens of each, asking
         cases += [Case(gen, "prefill", dim, *load) for dim in (128, 64) for load in loads]
         cases += [Case(gen, "prefill", 128, *loads[0], **other) for other in ({"q_block": 128}, {"tile_tokens": 128})]
+        cases += [Case(gen, "mixed", new=512, **tiles) for tiles in ({}, {"tile_bytes": 1 << 19, "tile_tokens": 128})]
     return cases
 
 # %% ../../nbs/50b_schedule.ipynb #136ea681
