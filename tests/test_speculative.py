@@ -27,11 +27,11 @@ from tpu_mini_sglang.speculative.ngram import NGram
 SHAPES = [Bucket(size, min(size, ROWS), 8, scored=size) for size in (8, 32)]
 
 
-def new_runner(mesh: Mesh, backend: str = "xla") -> ModelRunner:
+def new_runner(mesh: Mesh, backend: str = "xla", buckets: Buckets | None = None) -> ModelRunner:
     """That of test_promises.py, with shapes that score several tokens."""
     model = DecoderLM(TINY, rngs=nnx.Rngs(1), dtype="float32")
     model.embed_tokens.embedding.value = model.embed_tokens.embedding.value * 30
-    buckets = Buckets(CHUNK, ROWS, q_block=16, scoring=SHAPES)
+    buckets = buckets or Buckets(CHUNK, ROWS, q_block=16, scoring=SHAPES)
     return ModelRunner(model, TINY, mesh, 40, PAGE, buckets, backend)
 
 
@@ -223,8 +223,9 @@ def test_a_planted_mistake_is_seen(runner, monkeypatch):
 @pytest.mark.timeout(900)
 def test_pallas_kernels_interpreted(runner):
     """The ragged kernel with small blocks checks the drafts: tokens as with XLA's attention."""
-    specs = requests(3, 4)
-    pallas = new_runner(make_mesh(), "pallas")
-    found = serve(new_scheduler(pallas), [specs])
+    params = [SamplingParams(temperature=0.5 * i, seed=i, max_new_tokens=12, ignore_eos=True) for i in range(2)]
+    specs = [GenerateReq(f"r{i}", [1, 2, 3, 1, 2, 3, 1 + i], p, logprobs=True) for i, p in enumerate(params)]
+    buckets = Buckets(CHUNK, 2, 2, 16, SHAPES[:1])
+    found = serve(new_scheduler(new_runner(make_mesh(), "pallas", buckets)), [specs])
     for spec in specs:
         check_same(found[spec.rid], alone(runner, spec))

@@ -70,6 +70,7 @@ class GenerateInput:
     stream: bool = False  # report tokens as they come
     cap: bool = False  # max_new_tokens was not asked for: cut it to what the context leaves
     cache_salt: str = ""  # shares cached prefixes only with requests that bring the same
+    logprob_start_len: int = -1  # with logprobs: report those of the prompt, too, from this token on; -1: none
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #2991c627
 @dataclass
@@ -122,6 +123,10 @@ def check_sampling(
         sampling = msgspec.structs.replace(sampling, max_new_tokens=sampling.token_budget(*room))
     if not 0 <= item.top_logprobs <= MAX_TOP_LOGPROBS:
         raise RequestError(f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}]", param="top_logprobs")
+    start = item.logprob_start_len
+    if type(start) is not int or not -1 <= start < (prompt_len if item.logprobs else 0):
+        message = f"logprob_start_len must be from -1 to the prompt's last token, {prompt_len - 1}, and needs logprobs"
+        raise RequestError(message, param="logprob_start_len")
     try:
         sampling.validate(limits.vocab_size, *room)
     except ParamError as error:
@@ -148,6 +153,7 @@ def expand(
             top_logprobs=item.top_logprobs,
             stream=item.stream,
             cache_salt=item.cache_salt,
+            logprob_start_len=item.logprob_start_len,
         )
         for p in params
     ]
@@ -163,6 +169,7 @@ class Output:
     pieces: list[str] = field(default_factory=list)  # text so far, in deltas
     output_ids: list[int] = field(default_factory=list)  # tokens so far
     logprobs: list[TokenLogprob] = field(default_factory=list)  # so far
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after logprob_start_len
     new_text: str = ""  # since the last time
     new_ids: int = 0  # tokens since the last time
     prompt_tokens: int = 0  # length of the prompt
@@ -190,6 +197,7 @@ class Output:
         for o in outs:
             self.output_ids += o.token_ids
             self.logprobs += o.logprobs or []
+            self.prompt_logprobs += o.prompt_logprobs or []
         last = outs[-1]
         self.prompt_tokens, self.completion_tokens = last.prompt_tokens, last.completion_tokens
         self.cached_tokens, self.finish = last.cached_tokens, last.finish
