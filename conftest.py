@@ -28,7 +28,17 @@ QUICK_COMPILES = {
 LIMIT_S = 600
 SLOW_LIMIT_S = 1200
 # Files of some minutes. They start first, or one worker is left with them when the other has nothing to do.
-LONGEST = ("test_mesh", "test_server", "test_kv_dtypes", "41_cli", "test_promises", "test_hosts", "test_parity")
+LONGEST = (
+    "test_mesh",
+    "test_campaigns",
+    "test_server",
+    "test_survives",
+    "test_kv_dtypes",
+    "41_cli",
+    "test_promises",
+    "test_hosts",
+    "test_parity",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

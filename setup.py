@@ -23,6 +23,6 @@ setup(
     packages=find_packages(include=["tpu_mini_sglang*"]),
     package_data={"tpu_mini_sglang": ["py.typed"]},
     install_requires=s["requirements"].split(),
-    extras_require={extra: s[f"{extra}_requirements"].split() for extra in ("tpu", "cuda", "dev")},
+    extras_require={extra: s[f"{extra}_requirements"].split() for extra in ("tpu", "cuda", "dev", "clients")},
     entry_points={"console_scripts": s["console_scripts"].split()},
 )

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import time
+from functools import partial
 from itertools import product
 
 os.environ.update(
@@ -27,6 +28,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_mini_sglang.kernels.attention import AttentionBatch
+from tpu_mini_sglang.kernels.grouped_mlp import Experts, Map, block_rows, blocks_pallas, mix
 from tpu_mini_sglang.kernels.kv_write import page_write, stored_head_dim
 from tpu_mini_sglang.kernels.paged_decode import paged_decode
 from tpu_mini_sglang.kernels.ragged_prefill import ragged_prefill
@@ -92,6 +94,46 @@ def compile_case(mesh, step, dim, page_size, dtype, kv_dtype, heads, kv_heads, r
     return {"seconds": round(time.perf_counter() - begun, 1), "temp_bytes": temp, "pool_bytes": pool}
 
 
+def compile_experts(mesh, tokens, taken, experts, hidden, ffn, dtype, weights):
+    """As compile_case, for chapter 10e's kernel: a step of a layer's experts on one device."""
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def shaped(*shape, kind=dtype):
+        return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+    def stack(a, b):
+        return Map(
+            shaped(experts, a, b, kind=weights), shaped(experts, 1, b, kind="float32") if weights == "int8" else None
+        )
+
+    maps = Experts(stack(hidden, ffn), stack(hidden, ffn), stack(ffn, hidden))
+    args = shaped(tokens, hidden), shaped(tokens, taken, kind="int32"), shaped(tokens, taken, kind="float32"), maps
+    begun = time.perf_counter()
+    run = partial(mix, rows=block_rows(tokens * taken, experts), run=blocks_pallas)
+    try:
+        with jax.set_mesh(mesh):
+            memory = jax.jit(run).lower(*args).compile().memory_analysis()
+    except Exception as error:  # the compiler's refusals have no common type
+        return {"error": " ".join(str(error).split())[:300]}
+    sizes = {
+        "temp_bytes": memory.temp_size_in_bytes,
+        "weight_bytes": 3 * experts * hidden * ffn * jnp.dtype(weights).itemsize,
+    }
+    return {"seconds": round(time.perf_counter() - begun, 1), **sizes}
+
+
+EXPERTS = (  # tokens, experts that each takes, experts here, hidden size, their width here, dtype, dtype of the weights
+    (64, 8, 128, 2048, 768, "bfloat16", "bfloat16"),  # Qwen3-30B-A3B, a layer on one device
+    (2048, 8, 128, 2048, 768, "bfloat16", "int8"),
+    (64, 8, 16, 2048, 768, "bfloat16", "bfloat16"),  # an eighth of its experts
+    (64, 8, 128, 2048, 96, "bfloat16", "bfloat16"),  # an eighth of their width
+    (512, 2, 8, 4096, 14336, "bfloat16", "bfloat16"),  # Mixtral-8x7B
+    (64, 2, 8, 4096, 1792, "bfloat16", "int8"),
+    (16, 2, 8, 512, 1024, "float32", "float32"),
+    (64, 2, 8, 4096, 1376, "bfloat16", "bfloat16"),  # what experts_refusal refuses
+)
+
+
 def configurations(how_many):
     """Kernel, head size, page size, dtypes of queries and pool, and heads, of what is compiled: all, some or few."""
     dims, sizes, heads = (64, 128, 256), (16, 32, 64, 128, 256), ((32, 8),)  # 80 and 96 are stored as 128
@@ -119,11 +161,18 @@ def main():
     parser.add_argument("generations", nargs="*", default=["v5e:2x2"])
     parser.add_argument("--all", dest="how_many", action="store_const", const="all", default="some")
     parser.add_argument("--few", dest="how_many", action="store_const", const="few")
+    parser.add_argument("--experts", action="store_true", help="the kernel for experts, not those for attention")
     given = parser.parse_args()
     versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
     for name in given.generations:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
         mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+        for case in EXPERTS if given.experts else ():
+            keys = ("tokens", "taken", "experts", "hidden", "ffn", "dtype", "weights")
+            about = {"tpu": name, **dict(zip(keys, case, strict=True)), **versions}
+            print(json.dumps(about | compile_experts(mesh, *case)), flush=True)
+        if given.experts:
+            continue
         for case in configurations(given.how_many):
             keys = ("kernel", "head_dim", "page_size", "dtype", "kv_dtype", "q_heads", "kv_heads", "rows", "row_pages")
             about = {"tpu": name, "full": given.how_many == "all", **dict(zip(keys, case, strict=True)), **versions}

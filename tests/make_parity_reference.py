@@ -1,18 +1,19 @@
 """Writes tests/data/parity_*.npz and smollm2_greedy.json with transformers on PyTorch, in float32 on the CPU.
 
-python tests/make_parity_reference.py            # the tiny families
+python tests/make_parity_reference.py            # the tiny families; or some of them, by name
 python tests/make_parity_reference.py smollm2    # the real model, twenty prompts
 """
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from parity_models import VARIANTS, make_weights, prompt_ids
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+from parity_models import VARIANTS, prompt_ids, write_checkpoint
+from transformers import AutoModelForCausalLM, GgufConfig
 
 DATA = Path(__file__).parent / "data"
 KEPT = slice(0, None, 5)  # positions whose logits are stored
@@ -39,21 +40,22 @@ def greedy(model: torch.nn.Module, ids: list[int], steps: int) -> tuple[list[int
 
 
 def tiny_model(hf: dict) -> torch.nn.Module:
-    """transformers' model with the seeded weights; a name that either side lacks is an error."""
-    fields = {k: v for k, v in hf.items() if k not in ("model_type", "architectures", "torch_dtype")}
-    config = AutoConfig.for_model(hf["model_type"], **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    weights = {name: torch.from_numpy(w) for name, w in make_weights(hf).items()}
-    if hf["tie_word_embeddings"]:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights, strict=True)
-    return model
+    """transformers' model of the seeded checkpoint; a tensor that either side lacks is an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            write_checkpoint(Path(folder), hf),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    assert not any(found.values()), found
+    return model.eval()
 
 
-def tiny_references() -> None:
-    """Logits at every fifth prompt position and 64 greedy tokens for every variant."""
-    for name, hf in VARIANTS.items():
-        model, prompt = tiny_model(hf), prompt_ids(name)
+def tiny_references(names: list[str]) -> None:
+    """Logits at every fifth prompt position and 64 greedy tokens for each variant."""
+    for name in names:
+        model, prompt = tiny_model(VARIANTS[name]), prompt_ids(name)
         with torch.no_grad():
             logits = model(torch.from_numpy(prompt)[None].long()).logits[0].numpy()
         tokens, lead = greedy(model, prompt.tolist(), 64)
@@ -104,4 +106,4 @@ def smollm2_reference(steps: int = 32) -> None:
 
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
-    smollm2_reference() if sys.argv[1:] == ["smollm2"] else tiny_references()
+    smollm2_reference() if sys.argv[1:] == ["smollm2"] else tiny_references(sys.argv[1:] or list(VARIANTS))

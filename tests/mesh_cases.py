@@ -41,14 +41,17 @@ SPLITS = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size
 PAGE, CHUNK, ROWS, PAGES = 4, 32, 4, 40
 
 
-def load_runner(hf: dict, tp: int, dp: int, backend: str = "xla", buckets: Buckets | None = None) -> ModelRunner:
+def load_runner(
+    hf: dict, tp: int, dp: int, ep: int = 1, backend: str = "xla", buckets: Buckets | None = None
+) -> ModelRunner:
     """The engine's own way from a checkpoint to a runner."""
     with tempfile.TemporaryDirectory() as tmp:
         folder = write_checkpoint(Path(tmp), hf)
-        config, mesh = load_model_config(folder, dtype="float32"), make_mesh(tp, dp)
-        config = fit_to_devices(config, tp)
+        config, mesh = load_model_config(folder, dtype="float32"), make_mesh(tp, dp, ep)
+        config = fit_to_devices(config, tp, ep)
         model = load_model(config, open_checkpoint(folder), mesh, progress=False)
-        return ModelRunner(model, config, mesh, PAGES, PAGE, buckets or Buckets(CHUNK, ROWS, ROWS, 16), backend)
+        buckets = buckets or Buckets(CHUNK, ROWS, ROWS, 16)
+        return ModelRunner(model, config, mesh, PAGES, PAGE, buckets, backend)
 
 
 def requests(vocab: int, count: int) -> list[GenerateReq]:
@@ -104,10 +107,12 @@ class Knows:
         """No need to."""
 
 
-def tokens(name: str, tp: int, dp: int, backend: str = "xla", count: int = 9, drafts: bool = False) -> dict:
+def tokens(
+    name: str, tp: int, dp: int, ep: int = 1, backend: str = "xla", count: int = 9, drafts: bool = False
+) -> dict:
     """What the requests get from this family on this mesh, perhaps once more with drafts."""
     hf, buckets = VARIANTS[name] | SPLITS, Buckets(CHUNK, ROWS, ROWS, 16, [Bucket(CHUNK, ROWS, 8, scored=CHUNK)])
-    runner, specs = load_runner(hf, tp, dp, backend, buckets), requests(hf["vocab_size"], count)
+    runner, specs = load_runner(hf, tp, dp, ep, backend, buckets), requests(hf["vocab_size"], count)
     found = serve(runner, specs)
     if drafts:
         texts = [[*spec.input_ids, *found[spec.rid]] for spec in specs]
@@ -115,23 +120,23 @@ def tokens(name: str, tp: int, dp: int, backend: str = "xla", count: int = 9, dr
     return {"tokens": found}
 
 
-def startup(name: str, tp: int, dp: int) -> dict:
+def startup(name: str, tp: int, dp: int, ep: int = 1) -> dict:
     """The tokens of a scheduler made from the server's own flags, and what its start said."""
     hf, lines = VARIANTS[name] | SPLITS, []
     with tempfile.TemporaryDirectory() as tmp:
         args = ServerArgs(
-            model_path=str(write_checkpoint(Path(tmp) / "model", hf)), tp_size=tp, dp_size=dp, page_size=PAGE,
+            model_path=str(write_checkpoint(Path(tmp) / "model", hf)), page_size=PAGE, tp_size=tp, dp_size=dp,
             max_total_tokens=PAGES * PAGE, max_running_requests=ROWS, chunked_prefill_size=CHUNK, dtype="float32",
-            skip_server_warmup=True, compilation_cache_dir=tmp + "/xla",
+            ep_size=ep, skip_server_warmup=True, compilation_cache_dir=tmp + "/xla",
         )  # fmt: skip
         runner = build_scheduler(args, lines.append).state.runner
         return {"lines": lines, "tokens": serve(runner, requests(hf["vocab_size"], 9))}
 
 
-def collectives(tp: int, dp: int, layers: int, decode: bool, vocab: int = 8190) -> dict:
+def collectives(name: str, tp: int, dp: int, ep: int, layers: int, decode: bool, vocab: int = 8190) -> dict:
     """(kind, shape, bytes, devices) of each collective in the runner's own program for a step."""
-    hf = VARIANTS["llama"] | SPLITS | {"num_hidden_layers": layers, "vocab_size": vocab}
-    runner = load_runner(hf, tp, dp)
+    hf = VARIANTS[name] | SPLITS | {"num_hidden_layers": layers, "vocab_size": vocab}
+    runner = load_runner(hf, tp, dp, ep)
     (bucket,) = runner.buckets.decode if decode else runner.buckets.extend
     runner.compile(bucket)
     runner.compile(bucket.sampler)
@@ -180,7 +185,7 @@ def promises(tp: int, dp: int) -> dict:
     test_promises.test_same_tokens_alone_in_a_crowd_cached_and_retracted(runner, 1, "lpm", False)
     test_promises.test_retraction_changes_no_token(runner)
     test_promises.test_aborted_neighbours_change_no_token(runner)
-    test_promises.test_nothing_compiles_after_warmup(runner)
+    test_promises.mixed_traffic(runner, 40)
     return {"kept": True}
 
 

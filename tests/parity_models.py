@@ -18,6 +18,9 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 
+MOE = {"num_experts_per_tok": 3, "moe_intermediate_size": 24, "use_sliding_window": False}
+
+
 def variant(model_type: str, architecture: str, **changes: object) -> dict[str, object]:
     """A config.json: BASE, a family and what differs."""
     return BASE | {"model_type": model_type, "architectures": [architecture]} | changes
@@ -39,12 +42,30 @@ VARIANTS = {
     "qwen3_tied_biases": variant(
         "qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, attention_bias=True, use_sliding_window=False
     ),
+    "mixtral": variant("mixtral", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, rope_theta=1e6),
+    "qwen3_moe_normed": variant("qwen3_moe", "Qwen3MoeForCausalLM", num_experts=8, norm_topk_prob=True, **MOE),
+    "qwen3_moe_unnormed": variant("qwen3_moe", "Qwen3MoeForCausalLM", num_experts=8, norm_topk_prob=False, **MOE),
 }
+
+
+def mlp_shapes(hf: dict) -> dict[str, tuple[int, int, bool]]:
+    """Name, shape and bias of each map of an MLP, or of the router and every expert."""
+    h, f, bias = hf["hidden_size"], hf["intermediate_size"], hf.get("mlp_bias", False)
+    if count := hf.get("num_local_experts"):
+        names, inner = [f"block_sparse_moe.experts.{e}.{{}}" for e in range(count)], ("w1", "w3", "w2")
+        router = {"block_sparse_moe.gate": (count, h, False)}
+    elif count := hf.get("num_experts"):
+        names, inner = [f"mlp.experts.{e}.{{}}" for e in range(count)], ("gate_proj", "up_proj", "down_proj")
+        router, f = {"mlp.gate": (count, h, False)}, hf["moe_intermediate_size"]
+    else:
+        names, inner, router = ["mlp.{}"], ("gate_proj", "up_proj", "down_proj"), {}
+    shapes = (f, h, bias), (f, h, bias), (h, f, bias)
+    return router | {name.format(i): shape for name in names for i, shape in zip(inner, shapes, strict=True)}
 
 
 def weight_shapes(hf: dict) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the checkpoint, as Hugging Face stores it: matrices are [out, in]."""
-    h, f, d, family = hf["hidden_size"], hf["intermediate_size"], hf["head_dim"], hf["model_type"]
+    h, d, family = hf["hidden_size"], hf["head_dim"], hf["model_type"]
     q, kv = hf["num_attention_heads"] * d, hf["num_key_value_heads"] * d
     qkv_bias, o_bias = hf.get("attention_bias", family == "qwen2"), hf.get("attention_bias", False)
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (hf["vocab_size"], h), "norm": (h,)}
@@ -52,13 +73,11 @@ def weight_shapes(hf: dict) -> dict[str, tuple[int, ...]]:
         maps = {
             "self_attn.q_proj": (q, h, qkv_bias), "self_attn.k_proj": (kv, h, qkv_bias),
             "self_attn.v_proj": (kv, h, qkv_bias), "self_attn.o_proj": (h, q, o_bias),
-            "mlp.gate_proj": (f, h, hf.get("mlp_bias")), "mlp.up_proj": (f, h, hf.get("mlp_bias")),
-            "mlp.down_proj": (h, f, hf.get("mlp_bias")),
-        }  # fmt: skip
+        } | mlp_shapes(hf)  # fmt: skip
         shapes |= {f"layers.{i}.{name}": s[:2] for name, s in maps.items()}
         shapes |= {f"layers.{i}.{name}.bias": s[:1] for name, s in maps.items() if s[2]}
         norms = {"input_layernorm": h, "post_attention_layernorm": h}
-        norms |= {"self_attn.q_norm": d, "self_attn.k_norm": d} if family == "qwen3" else {}
+        norms |= {"self_attn.q_norm": d, "self_attn.k_norm": d} if family in ("qwen3", "qwen3_moe") else {}
         shapes |= {f"layers.{i}.{name}": (size,) for name, size in norms.items()}
     named = {f"model.{n}" if n.endswith(".bias") else f"model.{n}.weight": s for n, s in shapes.items()}
     return named if hf["tie_word_embeddings"] else named | {"lm_head.weight": (hf["vocab_size"], h)}

@@ -117,7 +117,8 @@ def test_overload_sees_a_refusal_that_never_comes(server: Server) -> None:
 
 @pytest.mark.timeout(400)
 def test_ends(model: Path) -> None:
-    assert ends.problems(asyncio.run(ends.run(model, 2, 1, quiet))) == []
+    """A second SIGTERM is in test_survives.py."""
+    assert ends.problems(asyncio.run(ends.run(model, 1, 1, quiet))) == []
 
 
 @pytest.mark.timeout(400)
@@ -141,4 +142,4 @@ def test_the_released_server_knows_no_faults() -> None:
     package = Path(__file__).resolve().parent.parent / "tpu_mini_sglang"
     for path in package.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert "campaign" not in text and "Faulty" not in text and "leak_page" not in text, path
+        assert not any(word in text for word in ("tests.campaigns", "Faulty", "leak_page")), path

@@ -10,6 +10,8 @@ import pytest
 from parity_models import VARIANTS
 
 MESHES = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4), (1, 8)]  # tp, dp; the models have 2 KV heads
+EXPERT_MESHES = [(2, 1, 2), (4, 1, 2), (4, 1, 4), (2, 2, 2), (8, 1, 4), (4, 2, 2), (2, 4, 2)]  # tp, dp, ep
+SPARSE = [name for name, hf in VARIANTS.items() if "num_experts_per_tok" in hf]
 ROWS = 4  # of a step, on each shard
 
 
@@ -21,6 +23,11 @@ def run_cases(kind: str, cases: list[dict]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def sizes(*mesh: int) -> dict[str, int]:
+    """A mesh's tp, dp and, if it is given, ep, by name."""
+    return dict(zip(("tp", "dp", "ep"), mesh))
+
+
 def check_tokens(name: str, cases: list[dict]) -> None:
     """Greedy and sampled tokens and the ids of the top logprobs equal one device's.
 
@@ -29,26 +36,37 @@ def check_tokens(name: str, cases: list[dict]) -> None:
     alone, *others = run_cases("tokens", [{"name": name} | case for case in [{"tp": 1, "dp": 1}, *cases]])
     assert len(alone["tokens"]) > 4 and len(others) == len(cases)
     for other in others:
-        assert other["tokens"] == alone["tokens"], (other["tp"], other["dp"])
+        assert other["tokens"] == alone["tokens"], other
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name,meshes", [("llama_biases", [(2, 2), (8, 1)]), ("qwen3_tied_biases", [(4, 2)])])
+@pytest.mark.parametrize(
+    "name,meshes",
+    [("llama_biases", [(2, 2), (8, 1)]), ("qwen3_tied_biases", [(4, 2)]), ("qwen3_moe_unnormed", [(4, 2, 2)])],
+)
 def test_tokens_do_not_depend_on_the_mesh(name, meshes):
-    check_tokens(name, [{"tp": tp, "dp": dp} for tp, dp in meshes])
+    check_tokens(name, [sizes(*mesh) for mesh in meshes])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1100)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_family_on_every_mesh(name):
-    check_tokens(name, [{"tp": tp, "dp": dp} for tp, dp in MESHES])
+    check_tokens(name, [sizes(*mesh) for mesh in MESHES])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1100)
+@pytest.mark.parametrize("name", SPARSE)
+def test_experts_on_every_mesh(name):
+    check_tokens(name, [sizes(*mesh) for mesh in EXPERT_MESHES])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_the_engine_with_pallas_kernels():
-    check_tokens("mistral_window", [{"tp": tp, "dp": dp, "backend": "pallas"} for tp, dp in [(2, 1), (2, 2)]])
+    check_tokens("mistral_window", [sizes(*mesh) | {"backend": "pallas"} for mesh in [(2, 1), (2, 2)]])
+    check_tokens("mixtral", [sizes(4, 1, 2) | {"backend": "pallas"}])
 
 
 @pytest.mark.slow
@@ -64,6 +82,9 @@ def test_the_server_s_flags_make_the_mesh():
     (found,) = run_cases("startup", [{"name": "llama", "tp": 4, "dp": 2}])
     assert found["tokens"] == alone["tokens"]
     assert "on 8 of 8" in found["lines"][0] and "2 times 40 pages" in found["lines"][-1], found["lines"]
+    (alone,) = run_cases("tokens", [{"name": "mixtral", "tp": 1, "dp": 1}])
+    (found,) = run_cases("startup", [{"name": "mixtral", "tp": 8, "dp": 1, "ep": 4}])
+    assert found["tokens"] == alone["tokens"] and "experts within" in found["lines"][1], found["lines"]
 
 
 @pytest.mark.timeout(600)
@@ -73,11 +94,12 @@ def test_pallas_kernels_agree_with_xla_on_a_mesh():
         assert found["error"] < 1e-5, found
 
 
-def check_collectives(meshes: list[tuple[int, int]], decode: bool) -> None:
+def check_collectives(name: str, meshes: list[tuple[int, ...]], decode: bool) -> None:
     """Two all-reduces a layer, one for the embedding, small ones in the sampler, and over "data" only the outputs."""
-    cases = [{"tp": tp, "dp": dp, "layers": 2, "decode": decode} for tp, dp in meshes]
-    programs = {(case["tp"], case["dp"]): case for case in run_cases("collectives", cases)}
-    for (tp, dp), case in programs.items():
+    about = {"name": name, "layers": 2, "decode": decode, "ep": 1}
+    cases = run_cases("collectives", [about | sizes(*mesh) for mesh in meshes])
+    programs = {(case["tp"], case["dp"], case["ep"]): case for case in cases}
+    for (tp, dp, ep), case in programs.items():
         found = Counter((kind, shape) for kind, shape, *_ in case["found"])
         results = [f"s32[{ROWS * dp}]", f"f32[{ROWS * dp}]", f"u8[{ROWS * dp}]"]  # of a SampleOutput
         results += [f"s32[{ROWS * dp},20]", f"f32[{ROWS * dp},20]"]
@@ -89,7 +111,7 @@ def check_collectives(meshes: list[tuple[int, int]], decode: bool) -> None:
         if dp > 1:
             assert found & outputs == outputs, "what is sampled is needed in every process"
             found -= outputs
-            alone = programs.get((tp, 1))
+            alone = programs.get((tp, 1, ep))
             assert alone is None or found == Counter((kind, shape) for kind, shape, *_ in alone["found"])
         if tp == 1:
             assert not found, f"a group of one device has nobody to talk to: {found}"
@@ -101,14 +123,16 @@ def check_collectives(meshes: list[tuple[int, int]], decode: bool) -> None:
 
 @pytest.mark.timeout(600)
 def test_collectives_of_a_decode_step():
-    check_collectives([(2, 1), (2, 2), (8, 1), (1, 2)], decode=True)
+    check_collectives("llama", [(2, 1), (2, 2), (8, 1), (1, 2)], decode=True)
+    check_collectives("mixtral", [(4, 1, 2)], decode=True)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1100)
 @pytest.mark.parametrize("decode", [True, False])
 def test_collectives_on_every_mesh(decode):
-    check_collectives(MESHES, decode)
+    check_collectives("llama", MESHES, decode)
+    check_collectives("mixtral", EXPERT_MESHES, decode)
 
 
 @pytest.mark.exhaustive

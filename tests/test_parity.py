@@ -93,7 +93,9 @@ def test_family_equals_committed_reference(name: str, tmp_path: Path) -> None:
     compare(Driver(folder), prompt_ids(name), logits, tokens, slice(0, None, 5))
 
 
-@pytest.mark.parametrize("name", ["llama_llama3_rope", "mistral_window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama_llama3_rope", "mistral_window", "qwen2", "qwen3", "mixtral", "qwen3_moe_normed"]
+)
 def test_family_equals_transformers(name: str, tmp_path: Path) -> None:
     """A checkpoint that transformers initialised and saved itself, config.json included."""
     torch = pytest.importorskip("torch")

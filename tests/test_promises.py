@@ -26,12 +26,12 @@ TINY = ModelConfig("LlamaForCausalLM", 61, 32, 64, 2, 4, 2, 8, 128, dtype="float
 PAGE, CHUNK, ROWS = 4, 32, 4
 
 
-def new_runner(mesh: Mesh) -> ModelRunner:
-    """A warm runner with few pages."""
+def new_runner(mesh: Mesh, pages: int = 40, chunk: int = CHUNK, rows: int = ROWS) -> ModelRunner:
+    """A warm runner, unless told otherwise with few pages."""
     model = DecoderLM(TINY, rngs=nnx.Rngs(1), dtype="float32")
     # a random model's logits are nearly flat: sharpen them, so that sampling has something to choose
     model.embed_tokens.embedding.value = model.embed_tokens.embedding.value * 30
-    runner = ModelRunner(model, TINY, mesh, 40, PAGE, Buckets(CHUNK, ROWS, q_block=16))
+    runner = ModelRunner(model, TINY, mesh, pages, PAGE, Buckets(chunk, rows, q_block=16))
     runner.warmup(lambda line: None)
     return runner
 
@@ -44,7 +44,8 @@ def runner() -> ModelRunner:
 
 def new_scheduler(runner: ModelRunner, policy: str = "fcfs", cache: bool = True, overlap: bool = True) -> Scheduler:
     """A scheduler over the shared runner, with nothing cached; it promises no memory, so that pages run out."""
-    limits = Limits(TINY.context_len, TINY.vocab_size, TINY.eos_token_ids, CHUNK, ROWS, policy, cache, overlap)
+    most = runner.buckets.extend[-1]
+    limits = Limits(TINY.context_len, TINY.vocab_size, (0,), most.tokens, most.rows, policy, cache, overlap)
     return Scheduler(runner, replace(limits, conservativeness=0))
 
 
@@ -55,9 +56,10 @@ def other_order(scheduler: Scheduler) -> None:
     state.limits = replace(state.limits, overlap=not state.limits.overlap)
 
 
-def random_request(rid: str, rng: random.Random) -> GenerateReq:
+def random_request(rid: str, rng: random.Random, longest: int = 8) -> GenerateReq:
     """Any mixture of parameters; prompts from three prefixes, so that some are found in the cache."""
-    prompt = [rng.randrange(3) + 1] * rng.choice([4, 9, 17]) + [rng.randrange(1, 61) for _ in range(rng.randint(1, 8))]
+    tail = [rng.randrange(1, 61) for _ in range(rng.randint(1, longest))]
+    prompt = [rng.randrange(3) + 1] * rng.choice([4, 9, 17]) + tail
     params = SamplingParams(
         temperature=rng.choice([0.0, 0.7, 1.3]),
         top_k=rng.choice([-1, 3, 20]),
@@ -176,19 +178,39 @@ def test_a_deadline_reaches_the_caller_and_frees_the_pages(runner, phase, status
     assert info["free_pages"] + info["cached_pages"] == info["total_pages"]
 
 
-def test_nothing_compiles_after_warmup(runner):
-    """Mixed traffic gives the compiler no work: counted by JAX itself, whoever might have asked for it."""
-    compiled = []
+class Compiles:
+    """What JAX compiles from now on, whoever might have asked for it."""
 
-    def listen(event: str, seconds: float, **about: object) -> None:
-        compiled.extend([event] * ("backend_compile" in event))
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(self.listen)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    rng, scheduler = random.Random(7), new_scheduler(runner)
-    scheduler.step([random_request(f"r{i}", rng) for i in range(12)])
-    assert len(scheduler.state.flights) == 1, "no step is on its way"
-    while scheduler.has_work:
-        scheduler.step([])
-    assert not compiled and runner.num_compiles == len(runner.buckets.all()) + len(runner.buckets.samplers())
+    def listen(self, event: str, seconds: float, **about: object) -> None:
+        self.heard.extend([event] * ("backend_compile" in event))
+
+
+@pytest.mark.parametrize(
+    "count", [300, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["300", "2000"]
+)
+def test_nothing_compiles_after_warmup(count):
+    """Seven shapes and their samplers."""
+    mixed_traffic(new_runner(make_mesh(), pages=300, chunk=256, rows=16), count)
+
+
+def mixed_traffic(runner: ModelRunner, count: int) -> None:
+    """Requests of any length and kind, come and gone in any order, meet every shape and give the compiler no work."""
+    rng, scheduler, compiles, met = random.Random(7), new_scheduler(runner), Compiles(), set()
+    forward = runner.forward
+    runner.forward = lambda rows, sampling, bucket: met.add(bucket) or forward(rows, sampling, bucket)
+    left = [random_request(f"r{i}", rng, longest=rng.choice([8, 40, 90])) for i in range(count)]
+    while left or scheduler.has_work:
+        incoming: list = [left.pop() for _ in range(min(rng.choice([0, 0, 1, 2, 7]), len(left)))]
+        if scheduler.state.running and not rng.randrange(40):
+            incoming.append(AbortReq(rng.choice([*scheduler.state.running]).rid))
+        scheduler.step(incoming)
+    del runner.forward
+    assert met == set(runner.buckets.all()), "some shape was never met"
+    assert not compiles.heard
+    assert runner.num_compiles == len(runner.buckets.all()) + len(runner.buckets.samplers())
     jax.jit(lambda x: x - 12.5)(3.0)
-    assert compiled, "the listener hears nothing"
+    assert compiles.heard, "the listener hears nothing"

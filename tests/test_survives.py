@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    server = Server(model, watchdog_timeout=3)
+    server = Server(model, watchdog_timeout=3, max_total_tokens=4096)
     yield server
     assert server.end() == 0, "".join(server.lines)
 

@@ -36,8 +36,8 @@ Pieces = Generator[str, None, None]  # an answer as it grows; closing it aborts 
 # %% ../nbs/41_cli.ipynb #e9325484
 # What an engine without HTTP, for one request at a time, can be told: the rest of ServerArgs would mean nothing here.
 ENGINE_FIELDS = (
-    "model_path download_dir chat_template dtype quantization context_length tp_size attention_backend kv_cache_dtype "
-    "page_size mem_fraction_static max_total_tokens chunked_prefill_size compilation_cache_dir "
+    "model_path download_dir chat_template dtype quantization context_length tp_size ep_size attention_backend "
+    "kv_cache_dtype page_size mem_fraction_static max_total_tokens chunked_prefill_size compilation_cache_dir "
     "speculative_algorithm speculative_num_draft_tokens "
     "speculative_ngram_min_match_window_size speculative_ngram_max_match_window_size"
 ).split()
@@ -444,8 +444,8 @@ def chat_flags(
 # %% ../nbs/41_cli.ipynb #0ad08014
 # The server's settings that decide what fits and how fast it could be
 PLAN_FIELDS = (
-    "dtype quantization context_length tp_size dp_size attention_backend kv_cache_dtype page_size mem_fraction_static "
-    "max_running_requests chunked_prefill_size"
+    "dtype quantization context_length tp_size dp_size ep_size attention_backend kv_cache_dtype page_size "
+    "mem_fraction_static max_running_requests chunked_prefill_size"
 ).split()
 
 

@@ -103,8 +103,9 @@ def serve_core(
 def say(
     line: str,  # of progress
 ) -> None:
-    """A line on the terminal, at once."""
-    print(line, file=sys.stderr, flush=True)
+    """A line on the terminal, at once; where nobody is left to read it, nothing."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/40b_launch.ipynb #6b0c62ce
 def real_front(

@@ -171,6 +171,12 @@ class ServerArgs(Flags):
         "--dp", "--data-parallel-size",
         bounds=(1, 4096),
     )  # fmt: skip
+    ep_size: int = flag(
+        1,
+        "of --tp-size devices: parts with different experts, where a model has any",
+        "--ep", "--expert-parallel-size",
+        bounds=(1, 4096),
+    )  # fmt: skip
     nnodes: int = flag(1, "hosts that share the model", bounds=(1, 1024))
     node_rank: int = flag(0, "which of them this is; 0 answers HTTP", bounds=(0, 1023))
     dist_init_addr: str | None = flag(None, "host:port of node 0, the port after it is used too")
@@ -227,6 +233,8 @@ def check_together(
     if low > high:
         window = "--speculative-ngram-{}-match-window-size".format
         raise ConfigError(f"{window('min')} {low} must be at most {window('max')} {high}")
+    if args.tp_size is not None and args.tp_size % args.ep_size:
+        raise ConfigError(f"--ep-size {args.ep_size} must divide --tp-size {args.tp_size}")
     if args.node_rank >= args.nnodes:
         raise ConfigError(f"--node-rank {args.node_rank} must be below --nnodes {args.nnodes}")
     if (args.nnodes > 1) != (args.dist_init_addr is not None):

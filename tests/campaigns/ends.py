@@ -30,7 +30,7 @@ async def one(
     model: Path, sign: int, grace: float, again: bool = False, faults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Start, load, send the signal, and look at what is left."""
-    server = await asyncio.to_thread(Server, model, shutdown_timeout=grace)
+    server = await asyncio.to_thread(Server, model, shutdown_timeout=grace, max_total_tokens=4096)
     server.plant(slow=0.1, **(faults or {}))
     ends: list[tuple[float, Answer | str]] = []
     try:

@@ -188,7 +188,7 @@ def begun_answer(
         raise RequestError(message, param="continue_final_message")
     return said(last.content)
 
-# %% ../../nbs/39a_chat.ipynb #80018b95
+# %% ../../nbs/39a_chat.ipynb #4dae3209
 def chosen_tools(
     request: ChatRequest,  # checked
     manner: Manner,  # of the model
@@ -213,16 +213,17 @@ def chosen_tools(
         raise RequestError("tool_choice: no such function in tools", param="tool_choice")
     return [tools[names.index(choice.function.name)]], "required"
 
-
+# %% ../../nbs/39a_chat.ipynb #a6d57deb
 def shown_tool(
     tool: FunctionTool,  # of a request
 ) -> dict[str, Any]:
-    """A tool as templates show it to the model; some expect parameters."""
-    function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
-    parameters = tool.function.parameters or {"type": "object", "properties": {}}
-    return {"type": "function", "function": function | {"parameters": parameters}}
+    """A tool as templates show it to the model; some expect a description and parameters."""
+    asked = tool.function
+    parameters = asked.parameters or {"type": "object", "properties": {}}
+    function = {"name": asked.name, "description": asked.description or "", "parameters": parameters}
+    return {"type": "function", "function": function}
 
-# %% ../../nbs/39a_chat.ipynb #e07c5bda
+# %% ../../nbs/39a_chat.ipynb #d254ab45
 @dataclass
 class Plan:
     """How the answers to one request are read."""
@@ -234,7 +235,7 @@ class Plan:
     separate: bool = True  # thoughts as reasoning_content
     stream: bool = True  # thoughts as they come
 
-
+# %% ../../nbs/39a_chat.ipynb #31056aa9
 class AnswerReader:
     """One answer's text to deltas."""
 
@@ -286,7 +287,7 @@ def checked_tools(
             raise RequestError(str(error).replace("json_schema", where + ":"), param=where) from None
     return out
 
-# %% ../../nbs/39a_chat.ipynb #95c2a1e7
+# %% ../../nbs/39a_chat.ipynb #9980bfe0
 Asked = tuple[list[FunctionTool], Choice]  # the tools that may be called, and whether one must
 
 
@@ -307,7 +308,7 @@ def one_grammar(
         return calls_grammar(manner.calls, found, choice, not one, before, answer, token_of)
     return after_thinking(before, answer) if answer and before.rules else None
 
-
+# %% ../../nbs/39a_chat.ipynb #b54b15d9
 def constrain(
     request: ChatRequest,  # checked
     params: SamplingParams,  # of the request
@@ -326,14 +327,15 @@ def constrain(
     nothing = dict.fromkeys(MAX_GRAMMAR_BYTES)
     return params if grammar is None else msgspec.structs.replace(params, **(nothing | {"llguidance": grammar}))
 
-# %% ../../nbs/39a_chat.ipynb #5e508aad
+# %% ../../nbs/39a_chat.ipynb #f3eca03b
 def with_tags(
     params: SamplingParams,  # of a request
     plan: Plan,  # how its answers are read
     tokenizer: Tokenizer,  # knows which tokens are special
 ) -> SamplingParams:
     """The same, with special tokens shown if one of them is a tag."""
-    tags = [tag for style in (plan.style, plan.thoughts) if style is not None for tag in (style.begin, style.end)]
+    tags = [plan.style.begin, plan.style.end, plan.style.mark] if plan.style is not None else []
+    tags += [plan.thoughts.begin, plan.thoughts.end] if plan.thoughts is not None else []
     special = {tokenizer.backend.token_to_id(tag) for tag in tags if tag} & tokenizer.special_ids
     return msgspec.structs.replace(params, skip_special_tokens=False) if special else params
 
@@ -354,7 +356,7 @@ def plan_for(
     how = request.separate_reasoning is not False, request.stream_reasoning is not False
     return Plan(style, names, manner.thoughts, thinking, *how)
 
-# %% ../../nbs/39a_chat.ipynb #2b1eaec8
+# %% ../../nbs/39a_chat.ipynb #1a12b042
 async def chat_prompt(
     manager: TokenizerManager,  # knows the chat template
     request: ChatRequest,  # checked
@@ -374,7 +376,7 @@ async def chat_prompt(
         variables |= {"continue_final_message": True, "add_generation_prompt": False}
     return await manager.chat(messages, **variables)
 
-
+# %% ../../nbs/39a_chat.ipynb #6e7e5bc4
 async def plan_chat(
     manager: TokenizerManager,  # knows the chat template
     request: ChatRequest,  # checked
@@ -413,7 +415,7 @@ def chat_logprobs(
         content.append(chat_token(tokenizer, t.token_id, t.logprob) | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
-# %% ../../nbs/39a_chat.ipynb #5b509e44
+# %% ../../nbs/39a_chat.ipynb #dc366f75
 class PlannedChat(Call):
     """What a chat has beside a call: readers, one for each answer."""
 
@@ -442,7 +444,7 @@ class PlannedChat(Call):
         details = {"completion_tokens_details": {"reasoning_tokens": sum(c or 0 for c in counts)}} if known else {}
         return super().usage(outputs) | details
 
-
+# %% ../../nbs/39a_chat.ipynb #48f4087a
 def thought_tokens(
     plan: Plan,  # of the request
     ids: list[int],  # an answer's tokens

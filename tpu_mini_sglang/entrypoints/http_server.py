@@ -381,16 +381,24 @@ GENERATE: dict[str, type] = {
     "stream": bool,
     "cache_salt": str,
 }
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # what SGLang's router adds to every body
-    "model": (),
+# SGLang's, which its router and its clients spell out, with values that ask for nothing, beside null
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_text_in_logprobs": (False,),
     "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "return_prompt_token_ids": (False,),
     "return_bytes": (False,),
     "return_entropy": (False,),
+    "require_reasoning": (False,),
     "background": (False,),
     "log_metrics": (True, False),
     "no_logs": (True, False),
-}
+} | dict.fromkeys(
+    "model input_embeds image_data video_data audio_data modalities session_id session_params lora_path lora_id "
+    "custom_logit_processor custom_labels priority extra_key conversation_id data_parallel_rank routed_dp_rank "
+    "bootstrap_host bootstrap_port bootstrap_room routing_key".split(),
+    (),
+)
 
 
 def checked(

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -385,7 +386,7 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """The older logprobs object, of a text completion."""
     texts = [tokenizer.token_text(t.token_id) for t in tokens]
-    offsets = [offset + sum(len(s) for s in texts[:i]) for i in range(len(texts))]
+    offsets = list(accumulate(map(len, texts), initial=offset))[: len(texts)]  # not a sum for each: thousands of tokens
     top = [{tokenizer.token_text(i): finite(logprob) for i, logprob in reversed(t.top)} for t in tokens]
     return {
         "tokens": texts,

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from .attention import from_pages
+from ..sharding import tensor_map
 
 # %% ../../nbs/10b_pallas.ipynb #a3975583
 State = tuple[jax.Array, jax.Array, jax.Array]  # running max [K, G, 1], sum [K, G, 1], output [K, G, W]; float32
@@ -384,10 +384,5 @@ def split_heads(
     *rest: Any,  # what else the kernel takes, the same on every device
     **options: Any,  # as for the kernel
 ) -> jax.Array:
-    """The kernel, each device of the ambient mesh's "tensor" axis on its own heads (XLA can't split a kernel)."""
-    call = partial(kernel, **options)
-    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
-        return call(q, kv_pages, *rest)
-    heads, whole = PartitionSpec(None, "tensor"), PartitionSpec()
-    specs = (heads, heads, *[whole] * len(rest))
-    return jax.shard_map(call, in_specs=specs, out_specs=heads, check_vma=False)(q, kv_pages, *rest)
+    """The kernel, each device of the ambient mesh on its own heads (XLA can't split a kernel)."""
+    return tensor_map(partial(kernel, **options), (1, 1, *[None] * len(rest)), 1)(q, kv_pages, *rest)

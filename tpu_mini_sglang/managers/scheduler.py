@@ -6,13 +6,14 @@
 __all__ = ['Constrain', 'Draft', 'Runner', 'Limits', 'Counters', 'Awaited', 'Flight', 'SchedulerState', 'refusal', 'problem_with',
            'add', 'remove', 'cut_short', 'abort', 'expire', 'flush', 'stats', 'receive', 'retract', 'continue_request',
            'pages_missing', 'pages_promised', 'reserve', 'start', 'cached_pages', 'place', 'fits_scoring', 'admit',
-           'plan', 'drafts_for', 'guess', 'sent_off', 'choose_bucket', 'awaited_of', 'launch', 'allowed_tokens', 'draw',
+           'plan', 'drafts_for', 'guess', 'sent_off', 'choose_bucket', 'launch', 'allowed_tokens', 'draw',
            'take_tokens', 'take_samples', 'settle_drafts', 'recover', 'settle', 'settle_until', 'check_pages',
            'turn_away', 'wait_for_constraint', 'Scheduler']
 
 # %% ../../nbs/30_scheduler.ipynb #70e65549
 """Continuous batching over a paged pool: messages in, one device step, messages out."""
 
+import itertools
 import math
 import time
 from collections import deque
@@ -128,7 +129,7 @@ class Counters:
     spec_accepted_tokens: int = 0  # those that were right
 
 # %% ../../nbs/30_scheduler.ipynb #a0e3545f
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Awaited:
     """What a step will bring to one request."""
 
@@ -163,8 +164,8 @@ class SchedulerState:
         if draft and (limits.overlap or not runner.buckets.scoring):
             raise ValueError("drafts need shapes that score several tokens, and steps that do not overlap")
         self.memories = self.new_memories()
-        self.waiting: list[Req] = []
-        self.running: list[Req] = []
+        self.waiting: dict[Req, None] = {}  # in the order in which they came; a dict finds and forgets one at once
+        self.running: dict[Req, None] = {}
         self.flights: deque[Flight] = deque()  # steps sent off and not read, oldest first
         self.sampling = SamplingRows()
         self.counters = Counters()
@@ -208,7 +209,7 @@ def problem_with(
         return f"rid: {spec.rid!r} is already in flight"
     if not 1 <= n < limits.context_len:
         return f"input_ids: {n} tokens, must be between 1 and {limits.context_len - 1}"
-    if not all(0 <= token < limits.vocab_size for token in spec.input_ids):
+    if min(spec.input_ids) < 0 or max(spec.input_ids) >= limits.vocab_size:
         return f"input_ids: every token id must be in [0, {limits.vocab_size})"
     if spec.logprob_start_len >= (n if spec.logprobs and state.runner.buckets.scoring else 0):
         return f"logprob_start_len: {spec.logprob_start_len} must be below the prompt's {n} tokens, and needs logprobs"
@@ -228,7 +229,7 @@ def add(state: SchedulerState, spec: GenerateReq) -> list[Message]:
         req.constraint = state.constrain(spec.sampling)
     elif state.draft is not None:
         req.drafter = state.draft()
-    state.waiting.append(req)
+    state.waiting[req] = None
     state.counters.arrivals += 1
     return []
 
@@ -240,10 +241,10 @@ def remove(
 ) -> None:
     """Take a request out of wherever it is, and its pages back."""
     if req in state.running:
-        state.running.remove(req)
+        del state.running[req]
         give_back(state.memory_of(req), req)
     else:
-        state.waiting.remove(req)
+        del state.waiting[req]
 
 # %% ../../nbs/30_scheduler.ipynb #bc3e8aa9
 def cut_short(
@@ -270,6 +271,8 @@ def expire(state: SchedulerState) -> list[Message]:
     """End what has waited or run for too long."""
     late, now, limits = list[Message](), state.clock(), state.limits
     waiting, running = ("waiting", limits.waiting_timeout, 503), ("running", limits.running_timeout, 408)
+    if limits.waiting_timeout == limits.running_timeout == math.inf:
+        return late
     for req in (*state.waiting, *state.running):
         phase, limit, status = running if req.admitted else waiting
         if now - req.since > limit:
@@ -319,7 +322,7 @@ def retract(state: SchedulerState, req: Req) -> None:
     """Back to the queue with its tokens kept; its pages go to the cache, where others may evict them."""
     state.counters.retractions += 1
     remove(state, req)
-    state.waiting.append(req)
+    state.waiting[req] = None
     others = state.running_on(req.shard)
     state.ratio.tighten([r.num_output for r in others], [r.num_output + tokens_left(r) for r in others])
 
@@ -333,7 +336,8 @@ def continue_request(
     """Choose a running request's next tokens, retracting its shard's youngest while pages are short."""
     goes_on = req in state.running and tokens_left(req) > 0
     n = budgets[req.shard].take(req.num_pending) if goes_on else 0
-    while n and not grow(state.memory_of(req), req, slots_needed(req, n)):
+    memory = state.memories[req.shard]
+    while n and not grow(memory, req, slots_needed(req, n)):
         victim = state.victim(state.running_on(req.shard))
         retract(state, victim)
         chosen.pop(victim, None)
@@ -352,25 +356,25 @@ def pages_missing(
 
 def pages_promised(
     state: SchedulerState,
-    memory: RequestMemory,
-    reqs: list[Req],  # that run there
+    reqs: Sequence[Req],  # of one shard
 ) -> int:
     """Pages that these are expected to take beyond those they hold."""
-    going_on = [r for r in reqs if tokens_left(r) > 0]
-    left, sure = [tokens_left(r) for r in going_on], [ends_by_length(r) for r in going_on]
-    missing = sum(pages_missing(memory, r) for r in going_on)
-    return missing + state.ratio.pages(left, sure, memory.page_size)
+    left = [tokens_left(r) for r in reqs]
+    missing = sum(pages_missing(state.memory_of(r), r) for r, n in zip(reqs, left, strict=True) if n)
+    sure = [ends_by_length(r) for r in reqs]
+    return missing + state.ratio.pages(left, sure, state.runner.page_size)
 
 # %% ../../nbs/30_scheduler.ipynb #ae50746a
 def reserve(
     state: SchedulerState,
     req: Req,
     shard: int,  # where it would live
+    promised: list[int],  # pages, to those who run on each shard
 ) -> bool:
     """Attach the cached prefix if there is room for the whole prompt and for what all are expected to write."""
-    memory, others, req.shard = state.memories[shard], state.running_on(shard), shard
+    memory, req.shard = state.memories[shard], shard
     attach_prefix(memory, req)
-    wanted = pages_promised(state, memory, [*others, req]) if others else pages_missing(memory, req)
+    wanted = promised[shard] + pages_promised(state, [req]) if promised[shard] else pages_missing(memory, req)
     if wanted <= memory.num_available:
         return True
     detach(memory, req)
@@ -379,8 +383,8 @@ def reserve(
 # %% ../../nbs/30_scheduler.ipynb #aa44217b
 def start(state: SchedulerState, req: Req) -> None:
     """Move a request from waiting to running, and count whom it overtook."""
-    state.waiting.remove(req)
-    state.running.append(req)
+    del state.waiting[req]
+    state.running[req] = None
     for other in state.waiting:
         other.overtaken += other.arrival < req.arrival
     if not req.admitted:
@@ -394,14 +398,17 @@ def cached_pages(state: SchedulerState, req: Req) -> list[int]:
     return [memory.cache.peek(cacheable(req), req.spec.cache_salt) for memory in state.memories]
 
 
-def place(state: SchedulerState, req: Req, budgets: list[StepBudget]) -> bool:
-    """Reserve on the best shard that can take one more request in this step; False if none can."""
-    running = [r.shard for r in state.running if tokens_left(r)]
-    free = [s for s, b in enumerate(budgets) if b.tokens and running.count(s) < state.limits.max_running]
-    if not free:
-        return False  # before anything looks at the prompt: a full server passes here at every step
-    room = [memory.num_available for memory in state.memories]
-    if any(reserve(state, req, s) for s in order_shards(room, cached_pages(state, req)) if s in free):
+def place(
+    state: SchedulerState,
+    req: Req,
+    free: Sequence[int],  # shards with tokens and rows left in this step
+    promised: list[int],  # as in `reserve`
+) -> bool:
+    """Reserve on the best of these shards that has the pages; False if none has."""
+    shards = [0]
+    if len(state.memories) > 1:
+        shards = order_shards([memory.num_available for memory in state.memories], cached_pages(state, req))
+    if any(reserve(state, req, s, promised) for s in shards if s in free):
         return True
     state.ratio.relax()  # it waits for memory
     return False
@@ -421,12 +428,16 @@ def fits_scoring(state: SchedulerState, req: Req, budgets: list[StepBudget]) -> 
 def admit(state: SchedulerState, budgets: list[StepBudget], chosen: dict[Req, int]) -> None:
     """Admit from the head of the queue while a shard has tokens, rows and pages; nobody jumps a blocked head."""
     ready = [r for r in state.waiting if r.constraint is None or r.constraint.wait(0)]
+    promised = [pages_promised(state, state.running_on(s)) for s in range(len(budgets))]
     for req in order_waiting(ready, state.limits.policy, lambda r: max(cached_pages(state, r))):
-        if not fits_scoring(state, req, budgets) or not place(state, req, budgets):
+        scorable = fits_scoring(state, req, budgets)
+        free = [s for s, budget in enumerate(budgets) if budget.has_room]
+        if not scorable or not free or not place(state, req, free, promised):
             return
         start(state, req)
         chosen[req] = budgets[req.shard].take(req.num_pending)
         grow(state.memory_of(req), req, slots_needed(req, chosen[req]))
+        promised[req.shard] += pages_promised(state, [req])
 
 # %% ../../nbs/30_scheduler.ipynb #bde58c2e
 def plan(state: SchedulerState) -> ScheduleBatch:
@@ -437,9 +448,11 @@ def plan(state: SchedulerState) -> ScheduleBatch:
     budgets = [StepBudget(most, state.limits.max_running) for _ in state.memories]
     chosen: dict[Req, int] = {}
     before = state.counters.retractions
-    for req in sorted(state.running, key=lambda r: (r.num_pending > 1, r.arrival)):
+    running = [(r.num_pending > 1, r.arrival, r) for r in state.running]
+    for _, _, req in sorted(running):
         continue_request(state, req, budgets, chosen)
-    if state.waiting and state.counters.retractions == before:  # whoever just gave way must not come straight back
+    retracted = state.counters.retractions > before  # whoever just gave way must not come straight back
+    if state.waiting and not retracted and any(budget.has_room for budget in budgets):
         admit(state, budgets, chosen)
     return ScheduleBatch(list(chosen), list(chosen.values()))
 
@@ -495,26 +508,22 @@ def choose_bucket(state: SchedulerState, batch: ScheduleBatch, rows: list[Row]) 
     return state.runner.buckets.pick(*batch.by_shard(lens, shards), scored=given)
 
 
-def awaited_of(state: SchedulerState, batch: ScheduleBatch, rows: list[Row], bucket: Bucket) -> list[Awaited]:
-    """What the step will bring, now that it is on its way."""
-    scored = [row.scored if bucket.scored else 1 for row in rows]
-    found, places = [], zip(batch.places(bucket.rows), batch.places(bucket.samples, scored), strict=True)
-    for req, n, row, (number, first) in zip(batch.reqs, batch.q_lens, rows, places, strict=True):
-        req.first_unscored += len(row.targets)
-        one = Awaited(req, number, first, row.targets, batch.drafts.get(req, []), sent_off(state, req, n))
-        if one.sampled or one.targets:
-            found.append(one)
-    return found
-
-
 def launch(state: SchedulerState, batch: ScheduleBatch) -> Flight:
     """Send one step's model to the device."""
     rows = batch.rows()
     bucket = choose_bucket(state, batch, rows)
-    sampling = state.sampling.of(batch, bucket.rows, state.runner.num_shards)
+    places = batch.places(bucket.rows)
+    firsts = batch.places(bucket.samples, [row.scored for row in rows]) if bucket.scored else places
+    sampling = state.sampling.of(batch.reqs, places, state.runner.num_shards * bucket.rows)
     step = state.runner.forward(rows, sampling, bucket)
     state.counters.steps += 1
-    return Flight(batch.reqs, awaited_of(state, batch, rows, bucket), sampling.masked, step)
+    flight = Flight(batch.reqs, [], sampling.masked, step)
+    for req, n, row, place, first in zip(batch.reqs, batch.q_lens, rows, places, firsts, strict=True):
+        one = Awaited(req, place, first, row.targets, batch.drafts.get(req, []), sent_off(state, req, n))
+        req.first_unscored += len(row.targets)
+        if one.sampled or one.targets:
+            flight.awaited.append(one)
+    return flight
 
 # %% ../../nbs/30_scheduler.ipynb #4eccb26c
 def allowed_tokens(state: SchedulerState, flight: Flight) -> np.ndarray | None:
@@ -539,16 +548,17 @@ def take_tokens(
     out: SampleOutput,  # numpy leaves
 ) -> None:
     """What a step brought to a request; if its last token was in it, the request leaves."""
-    req, before = one.req, one.req.num_output
+    req, before = one.req, len(one.req.token_ids)
     req.num_unread -= one.sampled
     if req.finish:
         return  # it ended while the step was on its way
-    accept_prompt(req, out, one.first, one.targets)
+    if one.targets:
+        accept_prompt(req, out, one.first, one.targets)
     if one.sampled and not req.finish:
         take_samples(one, out)
-    state.counters.output_tokens += req.num_output - before
+    state.counters.output_tokens += len(req.token_ids) - before
     if one.drafts:
-        settle_drafts(state, one, req.num_output - before - 1)
+        settle_drafts(state, one, len(req.token_ids) - before - 1)
     if req.finish:
         remove(state, req, discard if req.finish is NAN else detach)
 
@@ -588,8 +598,9 @@ def recover(
     """The pool is gone: fail the step's requests, send all others back to the queue with the tokens that were read."""
     for req in lost:
         req.finish = FinishReason("error", message=str(error), status=500)
-    everybody, state.running = [*state.waiting, *state.running], []
-    state.waiting = [req for req in everybody if not req.finish]
+    everybody = [*state.waiting, *state.running]
+    state.running.clear()
+    state.waiting = dict.fromkeys(req for req in everybody if not req.finish)
     for req in state.waiting:
         forget_pages(req)
         req.forget_unread()
@@ -644,7 +655,7 @@ def wait_for_constraint(
     seconds: float = 0.005,  # at most: messages may come
 ) -> None:
     """Let a waiting request's constraint be compiled."""
-    for req in state.waiting[:1]:
+    for req in itertools.islice(state.waiting, 1):
         if req.constraint is not None:
             req.constraint.wait(seconds)
 

@@ -11,6 +11,7 @@ __all__ = ['SIXTEEN_BIT', 'CPU_CACHE_BYTES', 'MOST_SCORED', 'MARGIN', 'CALIBRATI
 # %% ../../nbs/30b_startup.ipynb #816c4ece
 """Builds a warm scheduler from server arguments; the one place where every part of the engine meets."""
 
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -25,10 +26,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..kernels.attention import AttentionBatch, Pages, from_pages
+from ..kernels.grouped_mlp import experts_refusal
 from ..kernels.kv_write import pallas_refusal
 from .scheduler import Constrain, Draft, Limits, Scheduler
 from ..mem_cache.pool import PoolError, init_kv_cache, pages_for, pages_in_budget, token_bytes
-from ..model_config import ConfigError, ModelConfig
+from ..model_config import DTYPE_BYTES, ConfigError, ModelConfig
 from ..model_executor.devices import check_kernels, choose_tp, find_devices
 from ..model_executor.hosts import Group, check_same, follow, join, lead, smallest
 from ..model_executor.model_runner import Bucket, Buckets, ModelRunner, ladder, with_midpoints
@@ -36,7 +38,7 @@ from ..models.decoder import DecoderLM
 from ..models.hub import default_cache, load_model_config, open_checkpoint, resolve_model
 from ..models.weights import load_model, stored_kv_scales
 from ..server_args import KV_DTYPES, ServerArgs
-from ..sharding import fit_to_devices, make_mesh
+from ..sharding import fit_to_devices, layer_devices, make_mesh
 from ..tokenizer import load_tokenizer
 
 # %% ../../nbs/30b_startup.ipynb #342e2486
@@ -84,7 +86,7 @@ def kv_budget(
     memory: int,  # bytes of a device
 ) -> int:
     """Bytes of it for pages: the server's share, less the weights. 0 or less where these are too large."""
-    return int(memory * args.mem_fraction_static) - config.weight_bytes(args.tp_size or 1)
+    return int(memory * args.mem_fraction_static) - config.weight_bytes(args.tp_size or 1, args.ep_size)
 
 # %% ../../nbs/30b_startup.ipynb #f23303b6
 CPU_CACHE_BYTES = 1 << 30  # a CPU's memory is everybody's: take no more of it unasked
@@ -108,8 +110,9 @@ def choose_num_pages(
         pages = pages_in_budget(config, budget, args.page_size, number, tp, backend)
     except PoolError:
         raise ConfigError(
-            f"{config.weight_bytes(tp) / 2**30:.1f} GiB of weights leave no room for KV pages in --mem-fraction-static "
-            f"{args.mem_fraction_static} of the device's {memory / 2**30:.1f} GiB; see `tpu-mini-sglang plan`"
+            f"{config.weight_bytes(tp, args.ep_size) / 2**30:.1f} GiB of weights leave no room for KV pages in "
+            f"--mem-fraction-static {args.mem_fraction_static} of the device's {memory / 2**30:.1f} GiB; see "
+            "`tpu-mini-sglang plan`"
         ) from None
     return min(pages, args.max_running_requests * pages_for(config.context_len, args.page_size))
 
@@ -140,8 +143,11 @@ def check_supported(
         kv_dtype=choose_kv_dtype(args, config),
         table=(args.max_running_requests, min(pages_for(config.context_len, args.page_size), num_pages)),
     )
+    if config.num_experts and not why_not:
+        width, number = config.intermediate_size * args.ep_size // tp, DTYPE_BYTES[config.dtype]
+        why_not = experts_refusal(hidden=config.hidden_size, ffn=width, itemsize=1 if config.quantization else number)
     if why_not:
-        raise ConfigError(f"the attention kernels can't run this: {why_not}; or --attention-backend xla, without them")
+        raise ConfigError(f"the TPU kernels can't run this: {why_not}; or --attention-backend xla, without them")
 
 # %% ../../nbs/30b_startup.ipynb #72ea62c4
 def check_groups(
@@ -263,12 +269,12 @@ def build_runner(
     devices, device = find_devices(), jax.local_devices()[0]
     dtype = choose_dtype(args.dtype, device.platform, has_sixteen_bit())
     config = replace(load_model_config(path, dtype, args.context_length), quantization=args.quantization)
-    args = replace(args, tp_size=choose_tp(args.tp_size, config, devices, args.dp_size))
+    args = replace(args, tp_size=choose_tp(args.tp_size, config, devices, args.dp_size, args.ep_size))
     check_groups(args, device.platform)
-    mesh = make_mesh(args.tp_size or 1, args.dp_size)
+    mesh = make_mesh(args.tp_size or 1, args.dp_size, args.ep_size)
     kinds = config.dtype + (f", linear maps in {config.quantization}" if config.quantization else "")
     size = f"{config.num_params() / 1e6:.0f}M weights in {kinds}"
-    config = fit_to_devices(config, mesh.shape["tensor"])
+    config = fit_to_devices(config, layer_devices(mesh), args.ep_size)
     backend, kv_dtype = choose_backend(args.attention_backend, device.platform), choose_kv_dtype(args, config)
     num_pages = agree(args, config, choose_num_pages(args, config, device, backend), mesh.size)
     report(f"{config.architecture}, {size} on {mesh.size} of {len(devices)} {device.device_kind} device(s)")
@@ -334,6 +340,8 @@ def build_scheduler(
     constrain = None if grammars is None else grammars(limits)  # gets ready while the programs are compiled
     if not args.skip_server_warmup:
         runner.warmup(report)
+    gc.collect()
+    gc.freeze()  # what a start makes stays for good: no later collection need look through it
     return Scheduler(runner, limits, constrain, draft)
 
 

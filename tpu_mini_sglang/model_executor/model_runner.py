@@ -30,6 +30,7 @@ from ..mem_cache.pool import KVCache, init_kv_cache
 from ..model_config import ModelConfig
 from ..models.decoder import DecoderLM
 from ..sampling.sampler import SampleOutput, SamplingBatch, sample
+from ..sharding import sharding
 
 # %% ../../nbs/22_model_runner.ipynb #943ad5fb
 def ladder(
@@ -131,13 +132,13 @@ class Buckets:
         return smallest(choices, rows, tokens, most)
 
 # %% ../../nbs/22_model_runner.ipynb #f3d301c5
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """What one request does in one step."""
 
     token_ids: Sequence[int]  # the tokens to compute now, or UNREAD
     kv_len: int  # tokens in the cache after this step
-    pages: Sequence[int]  # page ids, at least pages_for(kv_len) of them
+    pages: Sequence[int] | np.ndarray  # page ids, at least pages_for(kv_len) of them
     shard: int = 0  # the part of the mesh's "data" axis where those pages lie
     scored: int = 1  # of its last tokens, how many are scored
     targets: Sequence[int] = ()  # for the first of those: tokens to give the logprobs of, in place of the sampled
@@ -198,12 +199,11 @@ def lay_out(
     table_width: int,  # M
 ) -> dict[str, Any]:  # name in ForwardBatch or AttentionBatch -> int32 array
     """Lay the rows end to end on the flat token axis and pad everything to the bucket."""
-    ends = np.cumsum([len(row.token_ids) for row in rows], dtype=np.int32)
-    flat = [token for row in rows for token in row.token_ids]
-    last = int(ends[-1]) if rows else 0
+    flat = list(itertools.chain.from_iterable(row.token_ids for row in rows))
+    ends = list(itertools.accumulate((len(row.token_ids) for row in rows), initial=0))
     arrays = {
         "token_ids": padded(flat, bucket.tokens),
-        "cu_q_lens": padded([0, *ends], bucket.rows + 1, last),
+        "cu_q_lens": padded(ends, bucket.rows + 1, len(flat)),
         "kv_lens": padded([row.kv_len for row in rows], bucket.rows),
         "page_table": page_table_of(rows, bucket.rows, table_width),
     }
@@ -219,7 +219,9 @@ def make_forward_batch(
 ) -> ForwardBatch:
     """Each shard's rows padded to the same bucket, one shard's arrays behind another's."""
     shards = [lay_out([row for row in rows if row.shard == s], bucket, table_width) for s in range(num_shards)]
-    arrays: dict[str, Any] = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    arrays: dict[str, Any] = shards[0]
+    if num_shards > 1:
+        arrays = {name: np.concatenate([shard[name] for shard in shards]) for name in arrays}
     token_ids, logit_rows, targets = (arrays.pop(name, None) for name in ("token_ids", "logit_rows", "targets"))
     attention = AttentionBatch(**arrays, q_block=bucket.q_block)
     return ForwardBatch(token_ids, logit_rows, targets, attention, sampling)
@@ -299,9 +301,9 @@ def draw(
     (sampling, allowed), table, last = wanted, scores.page_table, jnp.array(True)
     if scores.rows is not None:
         sampling, allowed, table = of_its_row(scores.rows, (*wanted, table))
-        sampling = replace(sampling, positions=scores.kv_lens)
         last = scores.rows != jnp.append(scores.rows[1:], len(scores.page_table))
     history = token_pages[table].reshape(len(table), -1)
+    sampling = replace(sampling, positions=scores.kv_lens)
     out = sample(scores.logits, sampling, history, allowed, scores.targets)
     page, offset = next_slots(scores.kv_lens, table, token_pages.shape[1])
     return token_pages.at[jnp.where(last, page, 0), offset].set(out.tokens), out
@@ -395,6 +397,7 @@ class ModelRunner:
         kv = (kv_dtype or config.dtype, mesh, backend, kv_scales)
         self._new_kv = lambda: init_kv_cache(config, num_pages, page_size, *kv)
         self.kv = self._new_kv()
+        self._sent: tuple[Any, Any] = None, None  # the newest parameters of the sampler, and the same on the devices
         graph, self.weights = nnx.split(model)
 
         def scored(weights: nnx.State, kv: KVCache, batch: ForwardBatch) -> tuple[KVCache, Scores]:
@@ -402,7 +405,7 @@ class ModelRunner:
 
         places = jax.tree.map(lambda x: x.sharding, self.kv)  # a step leaves the pages where it found them
         self.rows = NamedSharding(mesh, ROWS)
-        self.scores = Scores(NamedSharding(mesh, PartitionSpec("data", "tensor")), *[self.rows] * 4)
+        self.scores = Scores(sharding(mesh, "batch", "vocab"), *[self.rows] * 4)
         everywhere = NamedSharding(mesh, WHOLE)  # so that any process can read what was sampled
         out: dict[str, Any] = {"donate_argnums": 1, "out_shardings": (places, self.scores)}
         self._score = jax.jit(on_each_shard(scored, mesh, self.kv), **out)
@@ -452,8 +455,10 @@ class ModelRunner:
         like = jax.tree.map(lambda x, to: x.update(sharding=to), Scores(*leaves), self.scores)
         like = like if scored else replace(like, rows=None, targets=None)
         anything = jax.jit(lambda: jnp.full((rows, self.mask_words), -1, jnp.int32), out_shardings=self.rows)()
-        wanted = SamplingBatch.greedy(rows), anything
-        return self._draw.lower(like, self.kv.token_pages, wanted).compile(), anything
+        sampling = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), SamplingBatch.greedy(rows)
+        )
+        return self._draw.lower(like, self.kv.token_pages, (sampling, anything)).compile(), anything
 
     def run(
         self,
@@ -502,7 +507,7 @@ class ModelRunner:
         if step.bucket.sampler not in self.samplers:
             self.compile(step.bucket.sampler)
         program, anything = self.samplers[step.bucket.sampler]
-        wanted = step.sampling, anything if allowed is None else allowed
+        wanted = self.placed(step.sampling), anything if allowed is None else allowed
         try:
             token_pages, out = program(step.result, self.kv.token_pages, wanted)
             self.kv = replace(self.kv, token_pages=token_pages)
@@ -511,6 +516,17 @@ class ModelRunner:
         except RuntimeError as error:
             return Pending(step.bucket, error)
         return Pending(step.bucket, out)
+
+    def placed(
+        self,
+        sampling: SamplingBatch,  # numpy leaves, not to be written to any more
+    ) -> SamplingBatch:
+        """The parameters on the devices; the very object that was sent last need not be sent again."""
+        if self.mesh.is_multi_process:
+            return sampling
+        if sampling is not self._sent[0]:
+            self._sent = sampling, jax.device_put(sampling, self.rows)
+        return self._sent[1]
 
     def read(
         self,

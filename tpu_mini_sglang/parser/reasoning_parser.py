@@ -241,7 +241,7 @@ def read(
     """All parts of an answer."""
     return joined([part for piece in pieces for part in reader.push(piece)] + reader.finish(cut))
 
-# %% ../../nbs/38b_reasoning.ipynb #53bc4f43
+# %% ../../nbs/38b_reasoning.ipynb #7d5c83dd
 TokenOf = Callable[[str], int | None]  # the id of a tag that is one token of the vocabulary, or None
 COMMON = ["%llguidance {}", "ANY: /(?s:.*)/", f"WS: /{WHITESPACE}/"]
 
@@ -262,7 +262,7 @@ def tag_rule(
     token = token_of(tag)
     return f"{name}: {json.dumps(tag)}" + ("" if token is None else f" | <[{token}]>")
 
-
+# %% ../../nbs/38b_reasoning.ipynb #22f6ff07
 def until_rules(
     name: str,  # of the rule
     tag: str,  # ends it

@@ -275,10 +275,10 @@ def compile_step(
     bucket: Bucket,  # the step's static shape, of each group
 ) -> dict[str, Any]:
     """Compile the engine's own step for a TPU that is not here. Needs libtpu; raises ConfigError for a bad split."""
-    config = fit_to_devices(config, args.tp_size or 1)
+    config = fit_to_devices(config, args.tp_size or 1, args.ep_size)
     options = dict(where.generation.options)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=where.topology, **options).devices
-    mesh = make_mesh(args.tp_size or 1, args.dp_size, list(devices))
+    mesh = make_mesh(args.tp_size or 1, args.dp_size, args.ep_size, list(devices))
     (graph, weights), kv = abstract_weights(config, mesh), abstract_cache(config, mesh, args)
     batch = abstract_batch(config, mesh, args, bucket)
 
@@ -484,7 +484,7 @@ def kv_bytes(
     """Bytes of cache that a token takes on each device, as the attention needs it stored."""
     tp = args.tp_size or 1
     number = jnp.dtype(choose_kv_dtype(args, config)).itemsize
-    return token_bytes(fit_to_devices(config, tp), number, tp, backend_of(args))
+    return token_bytes(fit_to_devices(config, tp, args.ep_size), number, tp, backend_of(args))
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #ca7dc9a0
 def need(
@@ -496,7 +496,7 @@ def need(
     """Bytes on a device, by arithmetic but for the temporaries."""
     tp, hbm = args.tp_size or 1, where.generation.hbm_bytes
     config = replace(config, quantization=args.quantization)
-    weights = fit_to_devices(config, tp).weight_bytes(tp)
+    weights = fit_to_devices(config, tp, args.ep_size).weight_bytes(tp, args.ep_size)
     kv = (pages_asked(args) + 1) * args.page_size * kv_bytes(config, args)
     return Memory(hbm, weights, kv, temporaries, hbm - int(hbm * args.mem_fraction_static))
 
@@ -508,7 +508,7 @@ def kv_tokens(
 ) -> int:
     """Tokens of KV that a server has room for in each group, whole pages of them; 0 where it could not start."""
     tp, number = args.tp_size or 1, jnp.dtype(choose_kv_dtype(args, config)).itemsize
-    config = fit_to_devices(config, tp)
+    config = fit_to_devices(config, tp, args.ep_size)
     budget = kv_budget(args, config, where.generation.hbm_bytes)
     try:
         return args.page_size * pages_in_budget(config, budget, args.page_size, number, tp, backend_of(args))
@@ -545,12 +545,19 @@ def ways_out(
     tp, dp, gen = args.tp_size or 1, args.dp_size, where.generation
     total, powers = dp * args.max_running_requests, [1 << i for i in range(7)]
     larger = [(slice_of(gen, max(n * dp, where.devices)), {"tp_size": n}) for n in powers if n > tp]
-    groups = [(n, largest_split(config, where.devices // n), -(-total // n)) for n in powers if n <= where.devices]
+    ep = args.ep_size
+    groups = [
+        (n, largest_split(config, where.devices // n, ep), -(-total // n)) for n in powers if n * ep <= where.devices
+    ]
     above = sorted((g for g in GENERATIONS.values() if g.hbm_bytes > gen.hbm_bytes), key=lambda g: g.hbm_bytes)
     roomier: list[list[Change]] = [[(slice_of(g, where.devices), {})] for g in above]
     return [
         [(where, {"mem_fraction_static": share}) for share in (0.85, 0.9, 0.95) if share > args.mem_fraction_static],
-        [(place, c) for place, c in larger if can_split(config, c["tp_size"]) and c["tp_size"] * dp <= place.devices],
+        [
+            (place, c)
+            for place, c in larger
+            if can_split(config, c["tp_size"], ep) and c["tp_size"] * dp <= place.devices
+        ],
         [
             (where, {"tp_size": t, "dp_size": n, "max_running_requests": r})
             for n, t, r in groups
@@ -618,12 +625,15 @@ def step_limits(
     kv_token: int | None = None,  # bytes of a token's keys and values on all devices; None: in the model's dtype
 ) -> Limits:
     """Weights and cached KV read once, two operations a weight and token; attention's own arithmetic left out."""
-    config = fit_to_devices(config, tp)
+    config = replace(config, vocab_padding=-config.vocab_size % tp)
     table = config.vocab_rows * config.hidden_size
-    body = config.num_params() - table * (1 if config.tie_word_embeddings else 2)
+    tables = table * (1 if config.tie_word_embeddings else 2)
     width = config.weight_bytes() // config.num_params()
-    read = (body + table) * width + cached * (kv_token or config.kv_bytes_per_token())  # of the embedding a few rows
-    work = 2 * (body * tokens + table * (tokens if scored is None else scored))
+    copies = max(1, tp // config.num_kv_heads)  # of each KV head
+    cached_bytes = cached * (kv_token or copies * config.kv_bytes_per_token())
+    read = (config.read_params(tokens) - tables + table) * width + cached_bytes  # of the embedding a few rows
+    met = config.num_params(active=True) - tables  # by one token
+    work = 2 * (met * tokens + table * (tokens if scored is None else scored))
     return Limits(read / tp / gen.bandwidth, work / tp / gen.peak)
 
 # %% ../../nbs/50_tpu_without_a_tpu.ipynb #0004cceb
@@ -682,7 +692,8 @@ def memory_lines(
     groups = f" in each of {f['dp_size']} groups" if f["dp_size"] > 1 else ""
     used = f["tp_size"] * f["dp_size"]
     each = "On the device" if used == 1 else f"On each of {used} devices"
-    head = f"{each} of {plan.where} (tp {f['tp_size']}, dp {f['dp_size']}):"
+    experts = f", ep {f['ep_size']}" if f["ep_size"] > 1 else ""
+    head = f"{each} of {plan.where} (tp {f['tp_size']}, dp {f['dp_size']}{experts}):"
     return [head, *lines, f"  tokens of KV that fit: {plan.kv_tokens:,}{groups}"]
 
 
@@ -743,13 +754,13 @@ def prepare(
     config = read_model(ns.model_path, args.dtype)
     config = config.with_overrides(context_len=args.context_length or min(config.context_len, 8192))
     config = replace(config, quantization=args.quantization)
-    tp = args.tp_size or largest_split(config, where.devices // args.dp_size)
+    tp = args.tp_size or largest_split(config, where.devices // args.dp_size, args.ep_size)
     if tp * args.dp_size > where.devices:
         raise ConfigError(
             f"--tp-size {tp} x --dp-size {args.dp_size} is more than the {where.devices} devices of {where.name}"
         )
     args = replace(args, tp_size=tp, context_length=config.context_len)
-    fitted = fit_to_devices(config, tp)
+    fitted = fit_to_devices(config, tp, args.ep_size)
     room = kv_tokens(config, where, args) // args.page_size
     if backend_of(args) == "pallas":
         check_supported(args, fitted, min(room, pages_asked(args)) or pages_asked(args))
