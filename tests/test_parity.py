@@ -132,7 +132,7 @@ def judge(runner: ModelRunner, prompts: list[list[int]], start: int, chunk: int)
 
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen3_tied_biases"])
 def test_prompt_logprobs_equal_the_reference(name: str, tmp_path: Path) -> None:
-    """The log-softmax of the reference's logits, whatever the chunks, the cache and the neighbours; every fifth token."""
+    """The log-softmax of the reference's logits, whatever the chunks, the cache and the neighbours; every 5th token."""
     folder = write_checkpoint(tmp_path / name, VARIANTS[name])
     config = load_model_config(folder, dtype="float32")
     model = load_model(config, open_checkpoint(folder), dtype="float32", progress=False)
