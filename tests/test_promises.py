@@ -17,7 +17,7 @@ from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, s
 from tpu_mini_sglang.managers.tokenizer_manager import Limits as FrontLimits
 from tpu_mini_sglang.managers.tokenizer_manager import RequestError
 from tpu_mini_sglang.model_config import ModelConfig
-from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
+from tpu_mini_sglang.model_executor.model_runner import Bucket, Buckets, ModelRunner
 from tpu_mini_sglang.models.decoder import DecoderLM
 from tpu_mini_sglang.sampling.sampling_params import SamplingParams
 from tpu_mini_sglang.sharding import make_mesh
@@ -31,7 +31,8 @@ def new_runner(mesh: Mesh, pages: int = 40, chunk: int = CHUNK, rows: int = ROWS
     model = DecoderLM(TINY, rngs=nnx.Rngs(1), dtype="float32")
     # a random model's logits are nearly flat: sharpen them, so that sampling has something to choose
     model.embed_tokens.embedding.value = model.embed_tokens.embedding.value * 30
-    runner = ModelRunner(model, TINY, mesh, pages, PAGE, Buckets(chunk, rows, q_block=16))
+    scoring = [Bucket(min(chunk, 64), rows, 16, scored=min(chunk, 64))]
+    runner = ModelRunner(model, TINY, mesh, pages, PAGE, Buckets(chunk, rows, q_block=16, scoring=scoring))
     runner.warmup(lambda line: None)
     return runner
 
@@ -74,7 +75,8 @@ def random_request(rid: str, rng: random.Random, longest: int = 8) -> GenerateRe
         min_new_tokens=rng.choice([0, 1]),
         ignore_eos=rng.random() < 0.5,
     )
-    return GenerateReq(rid, prompt, params, logprobs=rng.random() < 0.3, top_logprobs=2)
+    start = rng.choice([None] * 7 + [-1, 0, rng.randrange(len(prompt))])  # None: no logprobs, -1: none of the prompt
+    return GenerateReq(rid, prompt, params, start is not None, 2, logprob_start_len=-1 if start is None else start)
 
 
 def serve(scheduler: Scheduler, waves: list[list[GenerateReq]]) -> dict[str, tuple[list[int], str]]:
@@ -193,7 +195,7 @@ class Compiles:
     "count", [300, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["300", "2000"]
 )
 def test_nothing_compiles_after_warmup(count):
-    """Seven shapes and their samplers."""
+    """Eight shapes and their samplers."""
     mixed_traffic(new_runner(make_mesh(), pages=300, chunk=256, rows=16), count)
 
 
