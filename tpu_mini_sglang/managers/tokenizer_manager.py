@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Listener', 'RequestError', 'GenerateInput', 'Limits', 'check_prompt', 'check_salt', 'check_sampling', 'expand',
-           'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
+           'without_answer', 'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
            'TokenizerManager']
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #d1548fce
@@ -159,6 +159,15 @@ def expand(
     ]
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #80b8d885
+def without_answer(
+    out: TextOut,  # to a caller who wanted no tokens
+) -> TextOut:
+    """The same message without the one token that the engine makes in any case."""
+    ended = out.finish is not None and out.finish.type == "stop"
+    finish = FinishReason("length") if ended else out.finish
+    return msgspec.structs.replace(out, text="", token_ids=[], logprobs=None, completion_tokens=0, finish=finish)
+
+
 @dataclass
 class Output:
     """One answer as it grows. The same object is handed out again and again: read it before you ask for the next."""
@@ -191,6 +200,8 @@ class Output:
         outs: list[TextOut],  # what arrived since the last time
     ) -> None:
         """Take new text in."""
+        if self.asked is not None and self.asked.sampling.max_new_tokens == 0:
+            outs = [without_answer(out) for out in outs]
         self.new_text = "".join(o.text for o in outs)
         self.new_ids = sum(len(o.token_ids) for o in outs)
         self.pieces.append(self.new_text)
@@ -294,7 +305,8 @@ class RequestTable:
         for i, req in enumerate(reqs):
             wire = f"{req.rid}#{next(self.serial)}"
             self.live[wire] = (call, i)
-            messages.append(msgspec.structs.replace(req, rid=wire))
+            sampling = msgspec.structs.replace(req.sampling, max_new_tokens=max(1, req.sampling.max_new_tokens or 1))
+            messages.append(msgspec.structs.replace(req, rid=wire, sampling=sampling))
         self.send(messages)
         return call
 
