@@ -146,9 +146,10 @@ def test_prompt_logprobs_equal_the_reference(name: str, tmp_path: Path) -> None:
     for start, chunk in ((0, 64), (0, 24), (17, 64)):
         first, _, again, _ = judge(runner, [prompt, neighbour], start, chunk)
         for entries in (first, again):
-            assert [entry.token_id for entry in entries] == prompt[start + 1 :]
-            for i in range(-(-start // 5) * 5, len(prompt) - 1, 5):  # the token after i is scored by the logits at i
-                entry, row = entries[i - start], want[i // 5]
+            begin = max(1, start)
+            assert [entry.token_id for entry in entries] == prompt[begin:]
+            for i in range(-(-(begin - 1) // 5) * 5, len(prompt) - 1, 5):  # the logits at i score the token after it
+                entry, row = entries[i + 1 - begin], want[i // 5]
                 assert abs(entry.logprob - row[prompt[i + 1]]) < 1e-3
                 assert [token for token, _ in entry.top] == np.argsort(-row)[:5].tolist()
                 np.testing.assert_allclose([p for _, p in entry.top], np.sort(row)[::-1][:5], atol=1e-3)

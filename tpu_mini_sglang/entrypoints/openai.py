@@ -319,7 +319,7 @@ SAME = (
     "temperature top_p n seed frequency_penalty presence_penalty top_k min_p repetition_penalty "
     "logit_bias stop stop_token_ids ignore_eos skip_special_tokens no_stop_trim regex ebnf"
 ).split()
-OUR_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "echo": "logprob_start_len"}
+OUR_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 
 # %% ../../nbs/39_openai.ipynb #e6af3521
 def schema_of(
@@ -554,11 +554,8 @@ class Completion(Call):
     def pieces(self, output: Output, first: bool) -> list[dict[str, Any]]:
         """Text, and the reason it ended with the last of it."""
         text = (self.echo(output) if first else "") + output.new_text
-        return (
-            [self.entry(output, text, True, first)]
-            if text or output.finish is not None or self.request.logprobs
-            else []
-        )
+        wanted = text or output.finish is not None or self.request.logprobs is not None
+        return [self.entry(output, text, True, first)] if wanted else []
 
 # %% ../../nbs/39_openai.ipynb #f2e4f927
 STARTED = int(time.time())

@@ -275,7 +275,7 @@ class Echo:
         counts = len(req.input_ids), self.done, 0
         if self.done != len(token_ids):
             return TokenOut(req.rid, token_ids, *counts, finish, logprobs)
-        wanted = req.input_ids[req.logprob_start_len + 1 :] if req.logprob_start_len >= 0 else None
+        wanted = req.input_ids[max(1, req.logprob_start_len) :] if req.logprob_start_len >= 0 else None
         judged = None if wanted is None else [made_up(token, req.top_logprobs) for token in wanted]
         return TokenOut(req.rid, token_ids, *counts, finish, logprobs, init, judged)
 

@@ -110,7 +110,7 @@ class Req:
     def forget_unread(self) -> None:
         """What was not read will never be: nothing is under way any more."""
         wanted = self.spec.logprobs and self.spec.logprob_start_len >= 0
-        first = self.spec.logprob_start_len + 1 if wanted else self.num_prompt
+        first = max(1, self.spec.logprob_start_len) if wanted else self.num_prompt
         self.num_unread, self.first_unscored = 0, first + len(self.prompt_logprobs)
 
     @property

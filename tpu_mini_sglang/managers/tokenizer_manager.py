@@ -15,7 +15,7 @@ import itertools
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -178,7 +178,9 @@ class Output:
     pieces: list[str] = field(default_factory=list)  # text so far, in deltas
     output_ids: list[int] = field(default_factory=list)  # tokens so far
     logprobs: list[TokenLogprob] = field(default_factory=list)  # so far
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after logprob_start_len
+    prompt_logprobs: list[TokenLogprob] = field(
+        default_factory=list
+    )  # of the prompt's, from logprob_start_len on but the first
     new_text: str = ""  # since the last time
     new_ids: int = 0  # tokens since the last time
     prompt_tokens: int = 0  # length of the prompt
@@ -517,7 +519,7 @@ class TokenizerManager(Switchboard):
 
     async def generate(
         self,
-        items: list[GenerateInput],  # the prompts of one call
+        items: Sequence[GenerateInput],  # the prompts of one call
     ) -> AsyncGenerator[Output, None]:
         """Each answer whenever it grew (or, without `stream`, when it ended). Leaving the loop aborts the rest."""
         with self.seat(len(items)):  # before any work; `open` counts again, with a checked n
