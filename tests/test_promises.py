@@ -75,7 +75,7 @@ def random_request(rid: str, rng: random.Random, longest: int = 8) -> GenerateRe
         min_new_tokens=rng.choice([0, 1]),
         ignore_eos=rng.random() < 0.5,
     )
-    start = rng.choice([None] * 7 + [-1, 0, rng.randrange(len(prompt))])  # None: no logprobs, -1: none of the prompt
+    start = rng.choice([None] * 20 + [-1, 0, rng.randrange(len(prompt))])  # None: no logprobs, -1: none of the prompt
     return GenerateReq(rid, prompt, params, start is not None, 2, logprob_start_len=-1 if start is None else start)
 
 
