@@ -75,7 +75,7 @@ def random_request(rid: str, rng: random.Random, longest: int = 8) -> GenerateRe
         min_new_tokens=rng.choice([0, 1]),
         ignore_eos=rng.random() < 0.5,
     )
-    start = rng.choice([None] * 20 + [-1, 0, rng.randrange(len(prompt))])  # None: no logprobs, -1: none of the prompt
+    start = rng.choice([None] * 7 + [-1, 0, rng.randrange(len(prompt))])  # None: no logprobs, -1: none of the prompt
     return GenerateReq(rid, prompt, params, start is not None, 2, logprob_start_len=-1 if start is None else start)
 
 
@@ -201,10 +201,10 @@ def test_nothing_compiles_after_warmup(count):
 
 def mixed_traffic(runner: ModelRunner, count: int) -> None:
     """Requests of any length and kind, come and gone in any order, meet every shape and give the compiler no work."""
-    rng, scheduler, compiles, met = random.Random(7), new_scheduler(runner), Compiles(), set()
+    rng, scheduler, compiles, met = random.Random(8), new_scheduler(runner), Compiles(), set()
     forward = runner.forward
     runner.forward = lambda rows, sampling, bucket: met.add(bucket) or forward(rows, sampling, bucket)
-    left = [random_request(f"r{i}", rng, longest=rng.choice([8, 40, 90])) for i in range(count)]
+    left = [random_request(f"r{i}", rng, longest=rng.choice([8, 90, 90])) for i in range(count)]
     while left or scheduler.has_work:
         incoming: list = [left.pop() for _ in range(min(rng.choice([0, 0, 1, 2, 7]), len(left)))]
         if scheduler.state.running and not rng.randrange(40):
