@@ -252,6 +252,9 @@ def test_sglang_choices(tiny: Server, method: str) -> None:
     state = choose.run()
     info = state.get_meta_info("what")
     assert state["what"] in ("red", "blue", "green!") and len(info["input_token_logprobs"]) == 3
+    if method == "unconditional_likelihood_normalized":  # what each choice is worth without the question
+        without = info["unconditional_token_logprobs"]
+        assert [len(row) for row in without] == [len(row) for row in info["input_token_logprobs"]]
     if method == "token_length_normalized":
         best = max(zip(info["normalized_prompt_logprobs"], ["red", "blue", "green!"]))[1]
         assert state["what"] == best

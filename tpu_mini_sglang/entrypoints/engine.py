@@ -181,12 +181,14 @@ def one_input(
     prompt: str | list[int],  # one of the call's
     rid: str,  # the caller's name
     logprobs: bool,  # report log-probabilities
-    start: int,  # of the prompt too, from this token on; -1: none
+    start: int | None,  # of the prompt too, from this token on; -1: none; None: all, if nothing else is asked for
     top: int,  # and this many best tokens at each position
     params: tuple[SamplingParams, bool],  # and whether the length was left open
     **shared: Any,  # what all prompts of the call have in common
 ) -> SglangInput:
     """One prompt."""
+    if start is None:
+        start = 0 if logprobs and params[0].max_new_tokens == 0 else -1
     for name, asked in (("top_logprobs_num", top > 0), ("logprob_start_len", start >= 0)):
         if asked and not logprobs:
             raise RequestError(f"{name} needs return_logprob", param=name)
@@ -210,7 +212,7 @@ def make_inputs(
     input_ids: Any = None,  # instead of text
     rid: Any = None,  # the caller's name, or one for each prompt
     return_logprob: Any = False,  # report log-probabilities; here and below for all prompts, or a list
-    logprob_start_len: Any = -1,  # those of the prompt too, from this token on; -1: none
+    logprob_start_len: Any = None,  # those of the prompt too, from this token on; -1: none
     top_logprobs_num: Any = 0,  # and this many best tokens at each position
     return_text_in_logprobs: bool = False,  # and the tokens' texts
     stream: bool = False,  # report tokens as they come
@@ -220,10 +222,12 @@ def make_inputs(
     prompts, many = split_prompts(text, input_ids)
     count = len(prompts)
     names = [name or "" for name in spread("rid", rid, count)]
+    starts = spread("logprob_start_len", logprob_start_len, count)
+    typed("logprob_start_len", [start for start in starts if start is not None], int)
     columns = {
         "rid": typed("rid", names, str),
         "return_logprob": typed("return_logprob", spread("return_logprob", return_logprob, count), bool),
-        "logprob_start_len": typed("logprob_start_len", spread("logprob_start_len", logprob_start_len, count), int),
+        "logprob_start_len": starts,
         "top_logprobs_num": typed("top_logprobs_num", spread("top_logprobs_num", top_logprobs_num, count), int),
         "params": [as_params(value) for value in spread("sampling_params", sampling_params, count)],
     }
