@@ -64,7 +64,8 @@ def requests(vocab: int, count: int) -> list[GenerateReq]:
         params = SamplingParams(
             **sampled if i % 2 else {"temperature": 0.0}, seed=i, max_new_tokens=8 + i, ignore_eos=True
         )
-        specs.append(GenerateReq(f"r{i}", prompt, params, logprobs=i % 4 == 1, top_logprobs=3))
+        judged = {"logprobs": True, "top_logprobs": 3, "logprob_start_len": i - 1} if i % 4 == 1 else {}
+        specs.append(GenerateReq(f"r{i}", prompt, params, **judged))
     return specs
 
 
@@ -79,7 +80,8 @@ def serve(runner: ModelRunner, specs: list[GenerateReq], draft: Draft | None = N
         for out in scheduler.step(incoming[:3]):
             assert out.finish is None or out.finish.type == "length", out
             tokens[out.rid] += out.token_ids
-            top[out.rid] += [i for entry in out.logprobs or [] for i, _ in entry.top]
+            entries = [*(out.prompt_logprobs or []), *(out.logprobs or [])]
+            top[out.rid] += [i for entry in entries for i, _ in entry.top]
         incoming = incoming[3:]
         check_pages(scheduler.state)
         used |= {r.shard for r in scheduler.state.running}

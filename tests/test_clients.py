@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from campaigns.harness import make_model
 from test_server import Server, start_toy
@@ -176,8 +177,10 @@ def test_lm_eval_on_completions(tiny: Server, folder: Path, evaluate) -> None:
     theirs = evaluate("hf", [*TASKS], model_args={"pretrained": str(folder), "dtype": "float32"}, device="cpu")
     assert ours["generation"] == theirs["generation"]
     for kind in ("choices", "rolling"):
-        for mine, right in zip(ours[kind], theirs[kind], strict=True):
-            assert [float(a[0][0]) for a in mine] == pytest.approx([float(b[0][0]) for b in right], abs=1e-3)
+        for mine, right in zip(ours[kind], theirs[kind], strict=True):  # of each document: of each request: one answer
+            mine, right = np.array([a[0] for a in mine], float), np.array([b[0] for b in right], float)
+            assert mine.shape == right.shape and (right[..., :1] < -1).all()
+            np.testing.assert_allclose(mine, right, atol=1e-3)  # log-likelihood, and in choices whether it is greedy
 
 
 def test_lm_eval_on_chats(tiny: Server, evaluate) -> None:
@@ -249,6 +252,9 @@ def test_sglang_choices(tiny: Server, method: str) -> None:
     state = choose.run()
     info = state.get_meta_info("what")
     assert state["what"] in ("red", "blue", "green!") and len(info["input_token_logprobs"]) == 3
+    if method == "unconditional_likelihood_normalized":  # what each choice is worth without the question
+        without = info["unconditional_token_logprobs"]
+        assert [len(row) for row in without] == [len(row) for row in info["input_token_logprobs"]]
     if method == "token_length_normalized":
         best = max(zip(info["normalized_prompt_logprobs"], ["red", "blue", "green!"]))[1]
         assert state["what"] == best

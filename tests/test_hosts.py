@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from parity_models import variant, write_checkpoint
 from test_server import Server
@@ -91,6 +92,13 @@ def answers(url: str, at_once: int = 1) -> list[list[int]]:
         )
 
 
+def likelihoods(url: str) -> np.ndarray:
+    """Log-probabilities of a prompt that is longer than a chunk."""
+    body = {"text": "abc " * 29 + "xyz", "return_logprob": True, "logprob_start_len": 1}
+    info = httpx.post(url + "/generate", json=body | {"sampling_params": {"max_new_tokens": 0}}, timeout=60).json()
+    return np.array([logprob for logprob, _, _ in info["meta_info"]["input_token_logprobs"]])
+
+
 @pytest.fixture(scope="module")
 def pair(model: Path) -> Iterator[tuple[Server, Node]]:
     """A running group of two."""
@@ -102,20 +110,31 @@ def pair(model: Path) -> Iterator[tuple[Server, Node]]:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> list[list[int]]:
+def alone(model: Path) -> tuple[list[list[int]], np.ndarray]:
     """What one process answers."""
-    alone = Server(command(model))
+    server = Server(command(model))
     try:
-        tokens = answers(alone.url)
+        return answers(server.url), likelihoods(server.url)
     finally:
-        alone.end()
-    assert len({tuple(row) for row in tokens}) > 6  # or a comparison would say little
-    return tokens
+        server.end()
+
+
+@pytest.fixture(scope="module")
+def expected(alone) -> list[list[int]]:
+    """Its tokens."""
+    assert len({tuple(row) for row in alone[0]}) > 6  # or a comparison would say little
+    return alone[0]
 
 
 def test_same_tokens_as_one_process(pair, expected):
     """Two processes with half of the model each."""
     assert answers(pair[0].url) == expected
+
+
+def test_same_prompt_logprobs_as_one_process(pair, alone):
+    found = likelihoods(pair[0].url)
+    assert found.std() > 0.01
+    np.testing.assert_allclose(found, alone[1], atol=1e-4)
 
 
 @pytest.mark.slow

@@ -72,8 +72,7 @@ def test_the_engine_with_pallas_kernels():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_drafts_change_no_token_on_a_mesh():
-    cases = [{"tp": tp, "dp": dp, "drafts": True} for tp, dp in [(1, 1), (1, 2), (2, 2)]]
-    check_tokens("mistral_window", [*cases, {"tp": 2, "dp": 1, "drafts": True, "backend": "pallas"}])
+    check_tokens("mistral_window", [{"tp": tp, "dp": dp, "drafts": True} for tp, dp in [(1, 2), (2, 2)]])
 
 
 @pytest.mark.slow

@@ -17,11 +17,16 @@ from flax import nnx
 from parity_models import VARIANTS, prompt_ids, write_checkpoint
 
 from tpu_mini_sglang.kernels.attention import AttentionBatch
+from tpu_mini_sglang.managers.io_struct import GenerateReq, TokenLogprob
+from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages
+from tpu_mini_sglang.model_executor.model_runner import Bucket, Buckets, ModelRunner
 from tpu_mini_sglang.models.hub import load_model_config, open_checkpoint
 from tpu_mini_sglang.models.weights import load_model
+from tpu_mini_sglang.sampling.sampling_params import SamplingParams
+from tpu_mini_sglang.sharding import make_mesh
 
 DATA = Path(__file__).parent / "data"
-PAGE, WIDTH, STEPS = 8, 14, 64
+PAGE, WIDTH, STEPS, ROWS = 8, 14, 64, 4
 TOLERANCE = 1e-4
 
 
@@ -107,6 +112,48 @@ def test_family_equals_transformers(name: str, tmp_path: Path) -> None:
             torch.from_numpy(prompt)[None].long(), max_new_tokens=STEPS, do_sample=False, eos_token_id=None
         )
     compare(Driver(tmp_path), prompt, logits, ids[0, len(prompt) :].tolist(), slice(None))
+
+
+def judge(runner: ModelRunner, prompts: list[list[int]], start: int, chunk: int) -> list[list[TokenLogprob]]:
+    """Logprobs of these prompts, twice: together with nothing cached, and one after the other from what is cached."""
+    config = runner.config
+    limits = Limits(config.context_len, config.vocab_size, (), chunk, ROWS, overlap=True)
+    scheduler, found = Scheduler(runner, limits), []
+    params = SamplingParams(temperature=0.0, max_new_tokens=4)
+    specs = [GenerateReq(f"p{i}", ids, params, True, 5, logprob_start_len=start) for i, ids in enumerate(prompts)]
+    for specs_at_once in (specs, *([spec] for spec in specs)):
+        outs = scheduler.step(specs_at_once)
+        while scheduler.has_work:
+            outs += scheduler.step([])
+        found += [out.prompt_logprobs for out in sorted(outs, key=lambda out: out.rid)]
+        check_pages(scheduler.state)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen3_tied_biases"])
+def test_prompt_logprobs_equal_the_reference(name: str, tmp_path: Path) -> None:
+    """The log-softmax of the reference's logits, whatever the chunks, the cache and the neighbours; every 5th token."""
+    folder = write_checkpoint(tmp_path / name, VARIANTS[name])
+    config = load_model_config(folder, dtype="float32")
+    model = load_model(config, open_checkpoint(folder), dtype="float32", progress=False)
+    buckets = Buckets(64, ROWS, ROWS, 16, [Bucket(32, ROWS, 16, scored=32)])
+    runner = ModelRunner(model, config, make_mesh(), 64, PAGE, buckets)
+    with np.load(DATA / f"parity_{name}.npz") as reference:
+        logits = reference["logits"].astype(np.float64)
+    want = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    prompt = prompt_ids(name).tolist()
+    neighbour = [5, *prompt[:30]]
+    for start, chunk in ((0, 64), (0, 24), (17, 64)):
+        first, _, again, _ = judge(runner, [prompt, neighbour], start, chunk)
+        for entries in (first, again):
+            begin = max(1, start)
+            assert [entry.token_id for entry in entries] == prompt[begin:]
+            for i in range(-(-(begin - 1) // 5) * 5, len(prompt) - 1, 5):  # the logits at i score the token after it
+                entry, row = entries[i + 1 - begin], want[i // 5]
+                assert abs(entry.logprob - row[prompt[i + 1]]) < 1e-3
+                assert [token for token, _ in entry.top] == np.argsort(-row)[:5].tolist()
+                np.testing.assert_allclose([p for _, p in entry.top], np.sort(row)[::-1][:5], atol=1e-3)
+    assert runner.num_compiles == 4  # the decode shape, the one that scores, and a sampler for each
 
 
 @pytest.mark.parametrize("name", ["qwen3"])

@@ -17,7 +17,7 @@ from tpu_mini_sglang.managers.scheduler import Limits, Scheduler, check_pages, s
 from tpu_mini_sglang.managers.tokenizer_manager import Limits as FrontLimits
 from tpu_mini_sglang.managers.tokenizer_manager import RequestError
 from tpu_mini_sglang.model_config import ModelConfig
-from tpu_mini_sglang.model_executor.model_runner import Buckets, ModelRunner
+from tpu_mini_sglang.model_executor.model_runner import Bucket, Buckets, ModelRunner
 from tpu_mini_sglang.models.decoder import DecoderLM
 from tpu_mini_sglang.sampling.sampling_params import SamplingParams
 from tpu_mini_sglang.sharding import make_mesh
@@ -31,7 +31,8 @@ def new_runner(mesh: Mesh, pages: int = 40, chunk: int = CHUNK, rows: int = ROWS
     model = DecoderLM(TINY, rngs=nnx.Rngs(1), dtype="float32")
     # a random model's logits are nearly flat: sharpen them, so that sampling has something to choose
     model.embed_tokens.embedding.value = model.embed_tokens.embedding.value * 30
-    runner = ModelRunner(model, TINY, mesh, pages, PAGE, Buckets(chunk, rows, q_block=16))
+    scoring = [Bucket(min(chunk, 64), rows, 16, scored=min(chunk, 64))]
+    runner = ModelRunner(model, TINY, mesh, pages, PAGE, Buckets(chunk, rows, q_block=16, scoring=scoring))
     runner.warmup(lambda line: None)
     return runner
 
@@ -74,7 +75,8 @@ def random_request(rid: str, rng: random.Random, longest: int = 8) -> GenerateRe
         min_new_tokens=rng.choice([0, 1]),
         ignore_eos=rng.random() < 0.5,
     )
-    return GenerateReq(rid, prompt, params, logprobs=rng.random() < 0.3, top_logprobs=2)
+    start = rng.choice([None] * 7 + [-1, 0, rng.randrange(len(prompt))])  # None: no logprobs, -1: none of the prompt
+    return GenerateReq(rid, prompt, params, start is not None, 2, logprob_start_len=-1 if start is None else start)
 
 
 def serve(scheduler: Scheduler, waves: list[list[GenerateReq]]) -> dict[str, tuple[list[int], str]]:
@@ -193,16 +195,16 @@ class Compiles:
     "count", [300, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["300", "2000"]
 )
 def test_nothing_compiles_after_warmup(count):
-    """Seven shapes and their samplers."""
+    """Eight shapes and their samplers."""
     mixed_traffic(new_runner(make_mesh(), pages=300, chunk=256, rows=16), count)
 
 
 def mixed_traffic(runner: ModelRunner, count: int) -> None:
     """Requests of any length and kind, come and gone in any order, meet every shape and give the compiler no work."""
-    rng, scheduler, compiles, met = random.Random(7), new_scheduler(runner), Compiles(), set()
+    rng, scheduler, compiles, met = random.Random(8), new_scheduler(runner), Compiles(), set()
     forward = runner.forward
     runner.forward = lambda rows, sampling, bucket: met.add(bucket) or forward(rows, sampling, bucket)
-    left = [random_request(f"r{i}", rng, longest=rng.choice([8, 40, 90])) for i in range(count)]
+    left = [random_request(f"r{i}", rng, longest=rng.choice([8, 90, 90])) for i in range(count)]
     while left or scheduler.has_work:
         incoming: list = [left.pop() for _ in range(min(rng.choice([0, 0, 1, 2, 7]), len(left)))]
         if scheduler.state.running and not rng.randrange(40):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
+import msgspec
 import numpy as np
 import pytest
 from flax import nnx
@@ -27,11 +28,11 @@ from tpu_mini_sglang.speculative.ngram import NGram
 SHAPES = [Bucket(size, min(size, ROWS), 8, scored=size) for size in (8, 32)]
 
 
-def new_runner(mesh: Mesh, backend: str = "xla") -> ModelRunner:
+def new_runner(mesh: Mesh, backend: str = "xla", buckets: Buckets | None = None) -> ModelRunner:
     """That of test_promises.py, with shapes that score several tokens."""
     model = DecoderLM(TINY, rngs=nnx.Rngs(1), dtype="float32")
     model.embed_tokens.embedding.value = model.embed_tokens.embedding.value * 30
-    buckets = Buckets(CHUNK, ROWS, q_block=16, scoring=SHAPES)
+    buckets = buckets or Buckets(CHUNK, ROWS, q_block=16, scoring=SHAPES)
     return ModelRunner(model, TINY, mesh, 40, PAGE, buckets, backend)
 
 
@@ -71,7 +72,7 @@ Answer = tuple[list[int], str, list[TokenLogprob]]
 
 
 def serve(scheduler: Scheduler, waves: list[list[GenerateReq]], aborts: Sequence[str] = ()) -> dict[str, Answer]:
-    """Tokens, finish and logprobs of each request. Who was aborted is aborted every third step, one after the other."""
+    """Tokens, finish and logprobs of each request, the prompt's first. Of `aborts`, one is aborted each third step."""
     found: dict[str, tuple[list[int], list[str], list[TokenLogprob]]] = {}
     leaving = list(aborts)
     for step in range(4000):
@@ -82,7 +83,7 @@ def serve(scheduler: Scheduler, waves: list[list[GenerateReq]], aborts: Sequence
             tokens, ends, logprobs = found.setdefault(out.rid, ([], [], []))
             tokens += out.token_ids
             ends.append(out.finish.type if out.finish else "?")
-            logprobs += out.logprobs or []
+            logprobs += [*(out.prompt_logprobs or []), *(out.logprobs or [])]
         check_pages(scheduler.state)
         for req in scheduler.state.running:  # between steps nobody holds a page for what was only guessed
             assert req.num_unread or len(req.pages) <= pages_for(len(req.token_ids), PAGE)
@@ -114,9 +115,7 @@ def requests(seed: int, count: int) -> list[GenerateReq]:
         params = {"stop_token_ids": rng.sample(range(1, 61), 3)} if rng.random() < 0.3 else {}
         params |= {"min_new_tokens": rng.randint(2, 5)} if spec.sampling.max_new_tokens > 5 else {}
         sampling = SamplingParams(**{f: getattr(spec.sampling, f) for f in spec.sampling.__struct_fields__} | params)
-        specs.append(
-            GenerateReq(spec.rid, spec.input_ids, sampling, spec.logprobs, spec.top_logprobs, rng.random() < 0.5)
-        )
+        specs.append(msgspec.structs.replace(spec, sampling=sampling, stream=rng.random() < 0.5))
     return specs
 
 
@@ -223,8 +222,9 @@ def test_a_planted_mistake_is_seen(runner, monkeypatch):
 @pytest.mark.timeout(900)
 def test_pallas_kernels_interpreted(runner):
     """The ragged kernel with small blocks checks the drafts: tokens as with XLA's attention."""
-    specs = requests(3, 4)
-    pallas = new_runner(make_mesh(), "pallas")
-    found = serve(new_scheduler(pallas), [specs])
+    params = [SamplingParams(temperature=0.5 * i, seed=i, max_new_tokens=12, ignore_eos=True) for i in range(2)]
+    specs = [GenerateReq(f"r{i}", [1, 2, 3, 1, 2, 3, 1 + i], p, logprobs=True) for i, p in enumerate(params)]
+    buckets = Buckets(CHUNK, 2, 2, 16, SHAPES[:1])
+    found = serve(new_scheduler(new_runner(make_mesh(), "pallas", buckets)), [specs])
     for spec in specs:
         check_same(found[spec.rid], alone(runner, spec))

@@ -61,7 +61,13 @@ def bodies() -> dict[str, tuple[str, bytes, dict[str, str]]]:
         for i, value in enumerate(values):
             add(f"{field} {i}", text, {"prompt": "x", field: value})
             add(f"{field} {i}", native, {"text": "x", "sampling_params": {field: value}})
-    for field, value in {"max_new_tokens": 0, "min_new_tokens": -1, "temprature": 1, "": 1, "t" * 1_000_000: 1}.items():
+    for field, value in {
+        "max_new_tokens": -1,
+        "min_new_tokens": -1,
+        "temprature": 1,
+        "": 1,
+        "t" * 1_000_000: 1,
+    }.items():
         add(f"params {field[:20]!r}", native, {"text": "x", "sampling_params": {field: value}})
     more_native: dict[str, Any] = {
         "no prompt": {}, "two prompts": {"text": "x", "input_ids": [1]}, "no tokens": {"input_ids": []},

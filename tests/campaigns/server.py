@@ -176,7 +176,7 @@ class Faulty:
 
 def list_tail(message: TokenOut) -> list[Any]:
     """The fields of a message after its tokens."""
-    names = ("prompt_tokens", "completion_tokens", "cached_tokens", "finish", "logprobs", "init")
+    names = ("prompt_tokens", "completion_tokens", "cached_tokens", "finish", "logprobs", "init", "prompt_logprobs")
     return [getattr(message, name) for name in names]
 
 

@@ -7,14 +7,15 @@ __all__ = ['Text', 'Message', 'UNSUPPORTED', 'R', 'UNIONS', 'SAME', 'OUR_NAMES',
            'JsonSchema', 'ResponseFormat', 'SystemMessage', 'UserMessage', 'ToolMessage', 'CalledFunction', 'ToolCall',
            'AssistantMessage', 'Sampling', 'Function', 'FunctionTool', 'NamedFunction', 'NamedTool', 'ChatRequest',
            'CompletionRequest', 'drop_unsupported', 'blame', 'check_together', 'parse', 'schema_of', 'sampling_params',
-           'their_names', 'completion_inputs', 'holds_prompts', 'completion_logprobs', 'shown_tokens', 'usage',
-           'raise_if_ended', 'finish_word', 'Endpoint', 'Call', 'Completion', 'check_model', 'model_card',
+           'their_names', 'completion_inputs', 'holds_prompts', 'completion_logprobs', 'prompt_tokens', 'shown_tokens',
+           'usage', 'raise_if_ended', 'finish_word', 'Endpoint', 'Call', 'Completion', 'check_model', 'model_card',
            'open_completion', 'error_body']
 
 # %% ../../nbs/39_openai.ipynb #0bce7ad7
 """OpenAI's API as data: requests checked field by field; text completions as response objects and chunks. No HTTP."""
 
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -216,6 +217,7 @@ class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
@@ -363,13 +365,13 @@ def completion_inputs(
     request: CompletionRequest,  # checked
 ) -> list[GenerateInput]:
     """One or many prompts. OpenAI's default length here is 16."""
-    if request.echo and request.logprobs is not None:
-        raise RequestError("echo: not supported together with logprobs", param="echo")
-    params = sampling_params(request, request.max_tokens or 16)
+    params = sampling_params(request, 16 if request.max_tokens is None else request.max_tokens)
     prompts: Any = request.prompt if holds_prompts(request.prompt) else [request.prompt]
     want, top = request.logprobs is not None, request.logprobs or 0
-    cap = request.max_tokens is None
-    return [GenerateInput(p, params, "", want, top, bool(request.stream), cap) for p in prompts]
+    cap, start = request.max_tokens is None, 0 if request.echo and want else -1
+    return [
+        GenerateInput(p, params, "", want, top, bool(request.stream), cap, logprob_start_len=start) for p in prompts
+    ]
 
 # %% ../../nbs/39_openai.ipynb #b0709fb6
 def holds_prompts(
@@ -388,12 +390,21 @@ def completion_logprobs(
     texts = [tokenizer.token_text(t.token_id) for t in tokens]
     offsets = list(accumulate(map(len, texts), initial=offset))[: len(texts)]  # not a sum for each: thousands of tokens
     top = [{tokenizer.token_text(i): finite(logprob) for i, logprob in reversed(t.top)} for t in tokens]
+    known = [not math.isnan(t.logprob) for t in tokens]
     return {
         "tokens": texts,
-        "token_logprobs": [finite(t.logprob) for t in tokens],
-        "top_logprobs": top,
+        "token_logprobs": [finite(t.logprob) if k else None for t, k in zip(tokens, known)],
+        "top_logprobs": [best if k else None for best, k in zip(top, known)],
         "text_offset": offsets,
     }
+
+
+def prompt_tokens(
+    output: Output,  # of a request for its prompt's log-probabilities
+) -> list[TokenLogprob]:
+    """The prompt's tokens; before the first one there is nothing, so its log-probability is not a number."""
+    asked = output.asked.input_ids if output.asked is not None else []
+    return [TokenLogprob(asked[0], math.nan), *output.prompt_logprobs]
 
 # %% ../../nbs/39_openai.ipynb #182bdf84
 def shown_tokens(
@@ -521,11 +532,12 @@ class Completion(Call):
         super().__init__(*about)
         self.offsets = [0] * len(self.asked)  # characters before the next chunk of each answer
 
-    def entry(self, output: Output, text: str, only_new: bool) -> dict[str, Any]:
+    def entry(self, output: Output, text: str, only_new: bool, first: bool = True) -> dict[str, Any]:
         """An entry of `choices`."""
         logprobs = None
         if self.request.logprobs is not None:
-            tokens = shown_tokens(output, self.asked[output.index], only_new)
+            tokens = prompt_tokens(output) if self.request.echo and first else []
+            tokens += shown_tokens(output, self.asked[output.index], only_new)
             logprobs = completion_logprobs(self.manager.tokenizer, tokens, self.offsets[output.index])
             self.offsets[output.index] += sum(len(token) for token in logprobs["tokens"])
         return {"index": output.index, "text": text, "logprobs": logprobs, "finish_reason": finish_word(output)}
@@ -542,7 +554,8 @@ class Completion(Call):
     def pieces(self, output: Output, first: bool) -> list[dict[str, Any]]:
         """Text, and the reason it ended with the last of it."""
         text = (self.echo(output) if first else "") + output.new_text
-        return [self.entry(output, text, True)] if text or output.finish is not None or self.request.logprobs else []
+        wanted = text or output.finish is not None or self.request.logprobs is not None
+        return [self.entry(output, text, True, first)] if wanted else []
 
 # %% ../../nbs/39_openai.ipynb #f2e4f927
 STARTED = int(time.time())

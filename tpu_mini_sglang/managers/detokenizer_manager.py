@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'toy_tokenizer', 'RequestState', 'open_state', 'feed', 'ends_in_stop_token', 'text_out', 'detokenize',
-           'find_state', 'stateless', 'DetokenizerManager', 'Core', 'pull', 'push', 'receive', 'pump', 'Echo',
-           'next_token', 'act', 'EchoScheduler', 'toy_scheduler', 'toy_detokenizer']
+           'find_state', 'stateless', 'DetokenizerManager', 'Core', 'pull', 'push', 'receive', 'pump', 'made_up',
+           'Echo', 'next_token', 'act', 'EchoScheduler', 'toy_scheduler', 'toy_detokenizer']
 
 # %% ../../nbs/36_detokenizer.ipynb #38485028
 """Turns tokens into text that never has to be taken back; and the shell that makes a process of a manager."""
@@ -116,6 +116,7 @@ def text_out(
         cached_tokens=message.cached_tokens,
         finish=finish,
         logprobs=None if message.logprobs is None else message.logprobs[:used],
+        prompt_logprobs=message.prompt_logprobs,
     )
 
 # %% ../../nbs/36_detokenizer.ipynb #b414e215
@@ -247,6 +248,14 @@ def pump(
                 outbox.send(encode(outgoing))
 
 # %% ../../nbs/36_detokenizer.ipynb #08e7ebea
+def made_up(
+    token: int,  # any
+    top: int,  # alternatives, itself one of them
+) -> TokenLogprob:
+    """A log-probability for who has no model."""
+    return TokenLogprob(token, -0.5, [(token, -0.5), (0, -1.0)][:top])
+
+
 @dataclass
 class Echo:
     """A request that the EchoScheduler answers."""
@@ -263,8 +272,12 @@ class Echo:
         """A message with new tokens; the request's first one also brings what the detokenizer must know."""
         req, params = self.req, self.req.sampling
         init = DetokInit([], list(params.stop), params.skip_special_tokens, params.no_stop_trim)
-        first = self.done == len(token_ids)
-        return TokenOut(req.rid, token_ids, len(req.input_ids), self.done, 0, finish, logprobs, init if first else None)
+        counts = len(req.input_ids), self.done, 0
+        if self.done != len(token_ids):
+            return TokenOut(req.rid, token_ids, *counts, finish, logprobs)
+        wanted = req.input_ids[max(1, req.logprob_start_len) :] if req.logprob_start_len >= 0 else None
+        judged = None if wanted is None else [made_up(token, req.top_logprobs) for token in wanted]
+        return TokenOut(req.rid, token_ids, *counts, finish, logprobs, init, judged)
 
 # %% ../../nbs/36_detokenizer.ipynb #34371c11
 def next_token(
@@ -279,8 +292,7 @@ def next_token(
     finish = FinishReason("length") if echo.done == params.max_new_tokens else None
     if token in stops and echo.done > params.min_new_tokens:
         finish = FinishReason("stop", matched=token)
-    logprob = [TokenLogprob(token, -0.5, [(token, -0.5), (0, -1.0)][: req.top_logprobs])]
-    return echo.out([token], finish, logprob if req.logprobs else None)
+    return echo.out([token], finish, [made_up(token, req.top_logprobs)] if req.logprobs else None)
 
 # %% ../../nbs/36_detokenizer.ipynb #a56468af
 def act(

@@ -41,6 +41,7 @@ class GenerateReq(Struct, frozen=True, tag="generate"):
     top_logprobs: Count = 0  # alternatives per token, at most MAX_TOP_LOGPROBS
     stream: bool = False
     cache_salt: Salt = ""  # cached prefixes are shared only among requests with the same one
+    logprob_start_len: Annotated[int, msgspec.Meta(ge=-1)] = -1  # logprobs of the prompt from here on; -1: none
 
 
 class AbortReq(Struct, frozen=True, tag="abort"):
@@ -106,6 +107,7 @@ class TokenOut(Struct, frozen=True, tag="tokens"):
     finish: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     init: DetokInit | None = None  # in a request's first message
+    prompt_logprobs: list[TokenLogprob] | None = None  # in its first: from logprob_start_len on, token 0 has none
 
 
 class TextOut(Struct, frozen=True, tag="text"):
@@ -119,6 +121,7 @@ class TextOut(Struct, frozen=True, tag="text"):
     cached_tokens: Count
     finish: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  # as in TokenOut
 
 
 class ControlOut(Struct, frozen=True, tag="control"):

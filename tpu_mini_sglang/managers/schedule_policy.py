@@ -54,7 +54,7 @@ class StepBudget:
         max_tokens: int,  # tokens a step may compute
         max_rows: int,  # requests a step may hold
     ):
-        self.tokens, self.rows = max_tokens, max_rows
+        self.tokens, self.rows, self.used = max_tokens, max_rows, 0
 
     @property
     def has_room(self) -> bool:
@@ -70,8 +70,16 @@ class StepBudget:
             return 0
         got = min(wanted, self.tokens)
         self.tokens -= got
+        self.used += got
         self.rows -= got > 0
         return got
+
+    def narrow(
+        self,
+        max_tokens: int,  # that the step may compute after all
+    ) -> None:
+        """Lower the bound; what was taken stays taken."""
+        self.tokens = min(self.tokens, max_tokens - self.used)
 
 # %% ../../nbs/29b_policy.ipynb #fdc34755
 def order_shards(

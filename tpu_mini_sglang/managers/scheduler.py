@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Constrain', 'Draft', 'Runner', 'Limits', 'Counters', 'Awaited', 'Flight', 'SchedulerState', 'refusal', 'problem_with',
            'add', 'remove', 'cut_short', 'abort', 'expire', 'flush', 'stats', 'receive', 'retract', 'continue_request',
-           'pages_missing', 'pages_promised', 'reserve', 'start', 'cached_pages', 'place', 'admit', 'plan',
-           'drafts_for', 'guess', 'sent_off', 'choose_bucket', 'launch', 'allowed_tokens', 'draw', 'take_tokens',
-           'settle_drafts', 'recover', 'settle', 'settle_until', 'check_pages', 'turn_away', 'wait_for_constraint',
-           'Scheduler']
+           'pages_missing', 'pages_promised', 'reserve', 'start', 'cached_pages', 'place', 'fits_scoring', 'admit',
+           'plan', 'drafts_for', 'guess', 'sent_off', 'choose_bucket', 'launch', 'allowed_tokens', 'draw',
+           'take_tokens', 'take_samples', 'settle_drafts', 'recover', 'settle', 'settle_until', 'check_pages',
+           'turn_away', 'wait_for_constraint', 'Scheduler']
 
 # %% ../../nbs/30_scheduler.ipynb #70e65549
 """Continuous batching over a paged pool: messages in, one device step, messages out."""
@@ -34,14 +34,17 @@ from tpu_mini_sglang.managers.io_struct import (
     TokenOut,
 )
 from tpu_mini_sglang.managers.schedule_batch import (
+    NAN,
     Constraint,
     Drafter,
     Req,
     RequestMemory,
     SamplingRows,
     ScheduleBatch,
+    accept_prompt,
     accept_token,
     attach_prefix,
+    cacheable,
     detach,
     discard,
     ends_by_length,
@@ -133,7 +136,9 @@ class Awaited:
     req: Req
     row: int  # its row in the step's arrays
     first: int  # its first sample among the step's
-    drafts: list[int]  # one more sample for each
+    targets: Sequence[int]  # prompt tokens, whose logprobs stand in the first samples
+    drafts: list[int]  # guesses, with a sample more for each
+    sampled: bool  # whether the rest of the samples are the request's own
 
 
 @dataclass
@@ -141,7 +146,7 @@ class Flight:
     """A step between its dispatch and its reading."""
 
     reqs: list[Req]
-    awaited: list[Awaited]  # by those that will have a token
+    awaited: list[Awaited]  # by those for whom it brings anything
     masked: np.ndarray  # [rows of all shards] bool, which of the rows obey a constraint
     step: Any  # the runner's own
 
@@ -206,6 +211,8 @@ def problem_with(
         return f"input_ids: {n} tokens, must be between 1 and {limits.context_len - 1}"
     if min(spec.input_ids) < 0 or max(spec.input_ids) >= limits.vocab_size:
         return f"input_ids: every token id must be in [0, {limits.vocab_size})"
+    if spec.logprob_start_len >= (n if spec.logprobs and state.runner.buckets.scoring else 0):
+        return f"logprob_start_len: {spec.logprob_start_len} must be below the prompt's {n} tokens, and needs logprobs"
     if spec.sampling.grammar and state.constrain is None:
         return f"{spec.sampling.grammar[0]}: this engine was built without grammars"
     return ""
@@ -388,7 +395,7 @@ def start(state: SchedulerState, req: Req) -> None:
 # %% ../../nbs/30_scheduler.ipynb #b45c6239
 def cached_pages(state: SchedulerState, req: Req) -> list[int]:
     """Leading pages of the request that each shard has cached."""
-    return [memory.cache.peek(req.token_ids[:-1], req.spec.cache_salt) for memory in state.memories]
+    return [memory.cache.peek(cacheable(req), req.spec.cache_salt) for memory in state.memories]
 
 
 def place(
@@ -407,13 +414,25 @@ def place(
     return False
 
 
+def fits_scoring(state: SchedulerState, req: Req, budgets: list[StepBudget]) -> bool:
+    """Whether the step can score the request's prompt, if that is wanted; it is narrowed for it."""
+    if req.wants_prompt:
+        largest = state.runner.buckets.scoring[-1].tokens
+        if any(budget.used > largest for budget in budgets):
+            return False
+        for budget in budgets:
+            budget.narrow(largest)
+    return True
+
+
 def admit(state: SchedulerState, budgets: list[StepBudget], chosen: dict[Req, int]) -> None:
     """Admit from the head of the queue while a shard has tokens, rows and pages; nobody jumps a blocked head."""
     ready = [r for r in state.waiting if r.constraint is None or r.constraint.wait(0)]
     promised = [pages_promised(state, state.running_on(s)) for s in range(len(budgets))]
     for req in order_waiting(ready, state.limits.policy, lambda r: max(cached_pages(state, r))):
+        scorable = fits_scoring(state, req, budgets)
         free = [s for s, budget in enumerate(budgets) if budget.has_room]
-        if not free or not place(state, req, free, promised):
+        if not scorable or not free or not place(state, req, free, promised):
             return
         start(state, req)
         chosen[req] = budgets[req.shard].take(req.num_pending)
@@ -423,7 +442,10 @@ def admit(state: SchedulerState, budgets: list[StepBudget], chosen: dict[Req, in
 # %% ../../nbs/30_scheduler.ipynb #bde58c2e
 def plan(state: SchedulerState) -> ScheduleBatch:
     """Decode rows first, then prefills under way, then admissions, within the step's budget."""
-    budgets = [StepBudget(state.limits.max_step_tokens, state.limits.max_running) for _ in state.memories]
+    most = state.limits.max_step_tokens
+    if any(req.wants_prompt for req in state.running):
+        most = min(most, state.runner.buckets.scoring[-1].tokens)
+    budgets = [StepBudget(most, state.limits.max_running) for _ in state.memories]
     chosen: dict[Req, int] = {}
     before = state.counters.retractions
     running = [(r.num_pending > 1, r.arrival, r) for r in state.running]
@@ -481,7 +503,9 @@ def sent_off(
 def choose_bucket(state: SchedulerState, batch: ScheduleBatch, rows: list[Row]) -> Bucket:
     """The smallest shape for the step."""
     shards, lens, scored = state.runner.num_shards, [len(row.token_ids) for row in rows], [row.scored for row in rows]
-    return state.runner.buckets.pick(*batch.by_shard(lens, shards), scored=batch.by_shard(scored, shards))
+    several = any(row.scored > 1 or row.targets for row in rows)
+    given = batch.by_shard(scored, shards) if several else ()
+    return state.runner.buckets.pick(*batch.by_shard(lens, shards), scored=given)
 
 
 def launch(state: SchedulerState, batch: ScheduleBatch) -> Flight:
@@ -493,12 +517,13 @@ def launch(state: SchedulerState, batch: ScheduleBatch) -> Flight:
     sampling = state.sampling.of(batch.reqs, places, state.runner.num_shards * bucket.rows)
     step = state.runner.forward(rows, sampling, bucket)
     state.counters.steps += 1
-    awaited = [
-        Awaited(req, row, first, batch.drafts.get(req, []))
-        for req, n, row, first in zip(batch.reqs, batch.q_lens, places, firsts, strict=True)
-        if sent_off(state, req, n)
-    ]
-    return Flight(batch.reqs, awaited, sampling.masked, step)
+    flight = Flight(batch.reqs, [], sampling.masked, step)
+    for req, n, row, place, first in zip(batch.reqs, batch.q_lens, rows, places, firsts, strict=True):
+        one = Awaited(req, place, first, row.targets, batch.drafts.get(req, []), sent_off(state, req, n))
+        req.first_unscored += len(row.targets)
+        if one.sampled or one.targets:
+            flight.awaited.append(one)
+    return flight
 
 # %% ../../nbs/30_scheduler.ipynb #4eccb26c
 def allowed_tokens(state: SchedulerState, flight: Flight) -> np.ndarray | None:
@@ -507,7 +532,7 @@ def allowed_tokens(state: SchedulerState, flight: Flight) -> np.ndarray | None:
         return None
     bits = np.full((len(flight.masked), state.runner.mask_words), -1, np.int32)
     for one in flight.awaited:
-        if one.req.constraint is not None and not one.req.finish:
+        if one.sampled and one.req.constraint is not None and not one.req.finish:
             one.req.constraint.allow(bits[one.row])
     return bits
 
@@ -522,22 +547,33 @@ def take_tokens(
     one: Awaited,
     out: SampleOutput,  # numpy leaves
 ) -> None:
-    """A request's next token is known, and more where drafts were right; if one was its last, the request leaves."""
-    req, counters = one.req, state.counters
-    req.num_unread -= 1
+    """What a step brought to a request; if its last token was in it, the request leaves."""
+    req, before = one.req, len(one.req.token_ids)
+    req.num_unread -= one.sampled
     if req.finish:
         return  # it ended while the step was on its way
-    before = len(req.token_ids)
-    for place, draft in enumerate([*one.drafts, None], one.first):
-        accept_token(req, out, place)
-        if req.finish or req.token_ids[-1] != draft:
-            break
-        req.num_computed += 1  # what was computed on trial is the token's
-    counters.output_tokens += len(req.token_ids) - before
+    if one.targets:
+        accept_prompt(req, out, one.first, one.targets)
+    if one.sampled and not req.finish:
+        take_samples(one, out)
+    state.counters.output_tokens += len(req.token_ids) - before
     if one.drafts:
         settle_drafts(state, one, len(req.token_ids) - before - 1)
     if req.finish:
-        remove(state, req, detach if out.finite[place] else discard)
+        remove(state, req, discard if req.finish is NAN else detach)
+
+
+def take_samples(
+    one: Awaited,
+    out: SampleOutput,  # numpy leaves
+) -> None:
+    """Its next token, and more as long as drafts are right."""
+    req = one.req
+    for place, draft in enumerate([*one.drafts, None], one.first + len(one.targets)):
+        accept_token(req, out, place)
+        if req.finish or req.token_ids[-1] != draft:
+            return
+        req.num_computed += 1  # what was computed on trial is the token's
 
 
 def settle_drafts(
@@ -567,7 +603,7 @@ def recover(
     state.waiting = dict.fromkeys(req for req in everybody if not req.finish)
     for req in state.waiting:
         forget_pages(req)
-        req.num_unread = 0
+        req.forget_unread()
     state.flights.clear()  # what they sampled came from pages that never were
     state.memories = state.new_memories()
 

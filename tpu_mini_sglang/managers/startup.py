@@ -167,12 +167,15 @@ MOST_SCORED = 128  # tokens that a step scores at most, or two a row: logits are
 def scoring_buckets(
     args: ServerArgs,
 ) -> list[Bucket]:
-    """Shapes for steps that check drafts: from those of one request up to many."""
+    """Shapes for steps that check drafts, from those of one request up to many; else one for logprobs of prompts."""
+    rows = args.max_running_requests
+    most = max(MOST_SCORED, 2 * rows)
     if args.speculative_algorithm is None:
-        return []
-    each, rows = args.speculative_num_draft_tokens, args.max_running_requests
+        size = min(most, max(args.chunked_prefill_size, rows))
+        return [Bucket(size, rows, 64, scored=size)]
+    each = args.speculative_num_draft_tokens
     block = -(-each // 8) * 8  # the attention kernels work on eights
-    sizes = with_midpoints(ladder(block, max(block, min(each * rows, max(MOST_SCORED, 2 * rows))), 2), 32)
+    sizes = with_midpoints(ladder(block, max(block, min(each * rows, most)), 2), 32)
     return [Bucket(size, min(size, rows), block, scored=size) for size in sizes]
 
 

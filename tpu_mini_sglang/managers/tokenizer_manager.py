@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Listener', 'RequestError', 'GenerateInput', 'Limits', 'check_prompt', 'check_salt', 'check_sampling', 'expand',
-           'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
+           'without_answer', 'Output', 'Call', 'RequestTable', 'ended', 'AbortingTable', 'TokenizerDesk', 'Switchboard',
            'TokenizerManager']
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #d1548fce
@@ -15,7 +15,7 @@ import itertools
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +70,7 @@ class GenerateInput:
     stream: bool = False  # report tokens as they come
     cap: bool = False  # max_new_tokens was not asked for: cut it to what the context leaves
     cache_salt: str = ""  # shares cached prefixes only with requests that bring the same
+    logprob_start_len: int = -1  # with logprobs: report those of the prompt, too, from this token on; -1: none
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #2991c627
 @dataclass
@@ -122,6 +123,10 @@ def check_sampling(
         sampling = msgspec.structs.replace(sampling, max_new_tokens=sampling.token_budget(*room))
     if not 0 <= item.top_logprobs <= MAX_TOP_LOGPROBS:
         raise RequestError(f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}]", param="top_logprobs")
+    start = item.logprob_start_len
+    if type(start) is not int or not -1 <= start < (prompt_len if item.logprobs else 0):
+        message = f"logprob_start_len must be from -1 to the prompt's last token, {prompt_len - 1}, and needs logprobs"
+        raise RequestError(message, param="logprob_start_len")
     try:
         sampling.validate(limits.vocab_size, *room)
     except ParamError as error:
@@ -148,11 +153,21 @@ def expand(
             top_logprobs=item.top_logprobs,
             stream=item.stream,
             cache_salt=item.cache_salt,
+            logprob_start_len=item.logprob_start_len,
         )
         for p in params
     ]
 
 # %% ../../nbs/37_tokenizer_manager.ipynb #80b8d885
+def without_answer(
+    out: TextOut,  # to a caller who wanted no tokens
+) -> TextOut:
+    """The same message without the one token that the engine makes in any case."""
+    ended = out.finish is not None and out.finish.type == "stop"
+    finish = FinishReason("length") if ended else out.finish
+    return msgspec.structs.replace(out, text="", token_ids=[], logprobs=None, completion_tokens=0, finish=finish)
+
+
 @dataclass
 class Output:
     """One answer as it grows. The same object is handed out again and again: read it before you ask for the next."""
@@ -163,6 +178,9 @@ class Output:
     pieces: list[str] = field(default_factory=list)  # text so far, in deltas
     output_ids: list[int] = field(default_factory=list)  # tokens so far
     logprobs: list[TokenLogprob] = field(default_factory=list)  # so far
+    prompt_logprobs: list[TokenLogprob] = field(
+        default_factory=list
+    )  # of the prompt's, from logprob_start_len on but the first
     new_text: str = ""  # since the last time
     new_ids: int = 0  # tokens since the last time
     prompt_tokens: int = 0  # length of the prompt
@@ -184,12 +202,15 @@ class Output:
         outs: list[TextOut],  # what arrived since the last time
     ) -> None:
         """Take new text in."""
+        if self.asked is not None and self.asked.sampling.max_new_tokens == 0:
+            outs = [without_answer(out) for out in outs]
         self.new_text = "".join(o.text for o in outs)
         self.new_ids = sum(len(o.token_ids) for o in outs)
         self.pieces.append(self.new_text)
         for o in outs:
             self.output_ids += o.token_ids
             self.logprobs += o.logprobs or []
+            self.prompt_logprobs += o.prompt_logprobs or []
         last = outs[-1]
         self.prompt_tokens, self.completion_tokens = last.prompt_tokens, last.completion_tokens
         self.cached_tokens, self.finish = last.cached_tokens, last.finish
@@ -286,7 +307,8 @@ class RequestTable:
         for i, req in enumerate(reqs):
             wire = f"{req.rid}#{next(self.serial)}"
             self.live[wire] = (call, i)
-            messages.append(msgspec.structs.replace(req, rid=wire))
+            sampling = msgspec.structs.replace(req.sampling, max_new_tokens=max(1, req.sampling.max_new_tokens or 1))
+            messages.append(msgspec.structs.replace(req, rid=wire, sampling=sampling))
         self.send(messages)
         return call
 
@@ -497,7 +519,7 @@ class TokenizerManager(Switchboard):
 
     async def generate(
         self,
-        items: list[GenerateInput],  # the prompts of one call
+        items: Sequence[GenerateInput],  # the prompts of one call
     ) -> AsyncGenerator[Output, None]:
         """Each answer whenever it grew (or, without `stream`, when it ended). Leaving the loop aborts the rest."""
         with self.seat(len(items)):  # before any work; `open` counts again, with a checked n

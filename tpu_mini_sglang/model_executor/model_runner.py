@@ -123,14 +123,12 @@ class Buckets:
     def pick(
         self,
         *q_lens: Sequence[int],  # of each shard: tokens of each row this step, each >= 1
-        scored: Sequence[Sequence[int]] = (),  # likewise: of them, how many are scored; none given: one each
+        scored: Sequence[Sequence[int]] = (),  # likewise: of them, how many are scored; none given: the last of each
     ) -> Bucket:
         """The smallest shape that holds every shard's rows. Raises ValueError."""
         rows, tokens, most = max(map(len, q_lens)), max(map(sum, q_lens)), max(map(sum, scored), default=0)
         decode = all(n == 1 for shard in q_lens for n in shard)
-        choices = self.decode if decode else self.extend
-        if any(n > 1 for shard in scored for n in shard):
-            choices = self.scoring
+        choices = self.scoring if scored else self.decode if decode else self.extend
         return smallest(choices, rows, tokens, most)
 
 # %% ../../nbs/22_model_runner.ipynb #f3d301c5
@@ -143,6 +141,7 @@ class Row:
     pages: Sequence[int] | np.ndarray  # page ids, at least pages_for(kv_len) of them
     shard: int = 0  # the part of the mesh's "data" axis where those pages lie
     scored: int = 1  # of its last tokens, how many are scored
+    targets: Sequence[int] = ()  # for the first of those: tokens to give the logprobs of, in place of the sampled
 
 # %% ../../nbs/22_model_runner.ipynb #48dc2b99
 @jax.tree_util.register_dataclass
@@ -152,6 +151,7 @@ class ForwardBatch:
 
     token_ids: Any  # [T] int32 or UNREAD; numpy on the host, JAX inside the step, as all leaves; shard after shard
     logit_rows: Any  # [N] int32, flat index of each scored token; None: the last of each row
+    targets: Any  # [N] int32, the tokens to give the logprobs of, -1: the sampled; None: those everywhere
     attention: AttentionBatch
     sampling: SamplingBatch
 
@@ -182,11 +182,15 @@ def padded(
 def scored_tokens(
     rows: Sequence[Row],  # of one shard
     bucket: Bucket,
-) -> np.ndarray:  # [N] int32, past the token axis for padding
-    """Where the scored tokens stand on the flat token axis."""
+) -> dict[str, Any]:  # as of lay_out
+    """Where the scored tokens stand on the flat token axis, past it for padding; and their targets."""
     ends = itertools.accumulate(len(row.token_ids) for row in rows)
     wanted = [t for row, end in zip(rows, ends) for t in range(end - row.scored, end)]
-    return padded(wanted, bucket.scored, bucket.tokens)
+    targets = [t for row in rows for t in (*row.targets, *[-1] * (row.scored - len(row.targets)))]
+    return {
+        "logit_rows": padded(wanted, bucket.scored, bucket.tokens),
+        "targets": padded(targets, bucket.scored, -1),
+    }
 
 
 def lay_out(
@@ -203,7 +207,7 @@ def lay_out(
         "kv_lens": padded([row.kv_len for row in rows], bucket.rows),
         "page_table": page_table_of(rows, bucket.rows, table_width),
     }
-    return arrays | ({"logit_rows": scored_tokens(rows, bucket)} if bucket.scored else {})
+    return arrays | (scored_tokens(rows, bucket) if bucket.scored else {})
 
 
 def make_forward_batch(
@@ -218,8 +222,9 @@ def make_forward_batch(
     arrays: dict[str, Any] = shards[0]
     if num_shards > 1:
         arrays = {name: np.concatenate([shard[name] for shard in shards]) for name in arrays}
-    token_ids, logit_rows = arrays.pop("token_ids"), arrays.pop("logit_rows", None)
-    return ForwardBatch(token_ids, logit_rows, AttentionBatch(**arrays, q_block=bucket.q_block), sampling)
+    token_ids, logit_rows, targets = (arrays.pop(name, None) for name in ("token_ids", "logit_rows", "targets"))
+    attention = AttentionBatch(**arrays, q_block=bucket.q_block)
+    return ForwardBatch(token_ids, logit_rows, targets, attention, sampling)
 
 # %% ../../nbs/22_model_runner.ipynb #38c8d212
 UNREAD = -1  # for the id of a token that the device has sampled and the host has not read: it stands in its slot
@@ -244,6 +249,7 @@ class Scores:
 
     logits: Any  # [N, V] float32
     rows: Any  # [N] int32, whose token each is, B for padding; None: each row has one, in order
+    targets: Any  # [N] int32 as in ForwardBatch, or None
     kv_lens: Any  # [N] int32, tokens of its row up to the scored one, and that one
     page_table: Any  # [B, M] int32, where the rows' tokens lie
 
@@ -256,10 +262,11 @@ def head(
     """The LM head on the wanted tokens."""
     att, wanted, count = batch.attention, batch.logit_rows, len(hidden)
     if wanted is None:
-        return Scores(model.logits(hidden[att.cu_q_lens[1:] - 1]), None, att.kv_lens, att.page_table)
+        return Scores(model.logits(hidden[att.cu_q_lens[1:] - 1]), None, None, att.kv_lens, att.page_table)
     rows = att.token_rows(count).at[wanted].get(mode="fill", fill_value=len(att.kv_lens))
     positions = att.positions(count).at[wanted].get(mode="fill", fill_value=0)
-    return Scores(model.logits(hidden.at[wanted].get(mode="clip")), rows, positions + 1, att.page_table)
+    logits = model.logits(hidden.at[wanted].get(mode="clip"))
+    return Scores(logits, rows, batch.targets, positions + 1, att.page_table)
 
 
 def score(
@@ -296,7 +303,8 @@ def draw(
         sampling, allowed, table = of_its_row(scores.rows, (*wanted, table))
         last = scores.rows != jnp.append(scores.rows[1:], len(scores.page_table))
     history = token_pages[table].reshape(len(table), -1)
-    out = sample(scores.logits, replace(sampling, positions=scores.kv_lens), history, allowed)
+    sampling = replace(sampling, positions=scores.kv_lens)
+    out = sample(scores.logits, sampling, history, allowed, scores.targets)
     page, offset = next_slots(scores.kv_lens, table, token_pages.shape[1])
     return token_pages.at[jnp.where(last, page, 0), offset].set(out.tokens), out
 
@@ -397,7 +405,7 @@ class ModelRunner:
 
         places = jax.tree.map(lambda x: x.sharding, self.kv)  # a step leaves the pages where it found them
         self.rows = NamedSharding(mesh, ROWS)
-        self.scores = Scores(sharding(mesh, "batch", "vocab"), self.rows, self.rows, self.rows)
+        self.scores = Scores(sharding(mesh, "batch", "vocab"), *[self.rows] * 4)
         everywhere = NamedSharding(mesh, WHOLE)  # so that any process can read what was sampled
         out: dict[str, Any] = {"donate_argnums": 1, "out_shardings": (places, self.scores)}
         self._score = jax.jit(on_each_shard(scored, mesh, self.kv), **out)
@@ -442,11 +450,10 @@ class ModelRunner:
     ) -> tuple[jax.stages.Compiled, jax.Array]:
         """The sampler's half, and the bits for steps that have no grammar: made once, so that nothing is sent."""
         rows, count = self.num_shards * rows, self.num_shards * (scored or rows)
-        shapes = (count, self.config.vocab_rows), (count,), (count,), (rows, self.table_width)
-        kinds = jnp.float32, jnp.int32, jnp.int32, jnp.int32
-        leaves = map(jax.ShapeDtypeStruct, shapes, kinds)
+        shapes = (count, self.config.vocab_rows), *[(count,)] * 3, (rows, self.table_width)
+        leaves = map(jax.ShapeDtypeStruct, shapes, [jnp.float32] + [jnp.int32] * 4)
         like = jax.tree.map(lambda x, to: x.update(sharding=to), Scores(*leaves), self.scores)
-        like = like if scored else replace(like, rows=None)
+        like = like if scored else replace(like, rows=None, targets=None)
         anything = jax.jit(lambda: jnp.full((rows, self.mask_words), -1, jnp.int32), out_shardings=self.rows)()
         sampling = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), SamplingBatch.greedy(rows)

@@ -378,6 +378,7 @@ def sample(
     batch: SamplingBatch,  # what each row asks for
     history: jax.Array,  # [B, N] int32 the row's ids so far, garbage from positions on
     allowed: jax.Array | None = None,  # [B, W] int32 bits of the tokens that masked rows may choose; None: any
+    targets: jax.Array | None = None,  # [B] int32 tokens to give the logprobs of; -1: the chosen one's
 ) -> SampleOutput:
     """Choose each row's next token; a batch pays only for what one of its rows asks for."""
     if allowed is None:
@@ -387,5 +388,6 @@ def sample(
     )
     tokens = jnp.where(finite, tokens, 0)
     wanted = batch.want_logprobs & finite
-    chosen, top_ids, top = lax.cond(jnp.any(wanted), token_logprobs, no_logprobs, logits, tokens, wanted)
+    named = tokens if targets is None else jnp.where(targets < 0, tokens, targets)
+    chosen, top_ids, top = lax.cond(jnp.any(wanted), token_logprobs, no_logprobs, logits, named, wanted)
     return SampleOutput(tokens, chosen, top_ids, top, finite)

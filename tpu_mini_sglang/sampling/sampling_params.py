@@ -34,7 +34,7 @@ class ParamError(ValueError):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How one request wants its tokens chosen and when it wants to stop, under SGLang's names."""
 
-    max_new_tokens: int | None = 128  # None: up to the end of the context
+    max_new_tokens: int | None = 128  # None: up to the end of the context; 0: the prompt is only computed
     min_new_tokens: int = 0
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
@@ -273,9 +273,9 @@ def check_lengths(
     if not 1 <= prompt_len < context_len:
         raise ParamError("prompt", f"must have 1 to {context_len - 1} tokens, got {prompt_len}")
     room = context_len - prompt_len
-    if params.max_new_tokens is not None and not 1 <= params.max_new_tokens <= room:
+    if params.max_new_tokens is not None and not 0 <= params.max_new_tokens <= room:
         detail = f"(context {context_len} less prompt {prompt_len}), got {params.max_new_tokens}"
-        raise ParamError("max_new_tokens", f"must be at least 1 and at most {room} {detail}")
+        raise ParamError("max_new_tokens", f"must be at least 0 and at most {room} {detail}")
     budget = params.token_budget(context_len, prompt_len)
     if not 0 <= params.min_new_tokens <= budget:
         raise ParamError("min_new_tokens", f"must be at least 0 and at most {budget}, got {params.min_new_tokens}")
