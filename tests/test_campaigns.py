@@ -121,6 +121,7 @@ def test_ends(model: Path) -> None:
     assert ends.problems(asyncio.run(ends.run(model, 1, 1, quiet))) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(400)
 def test_ends_see_an_orphan_and_clients_who_hear_nothing(model: Path) -> None:
     found = ends.problems(

@@ -62,9 +62,9 @@ class Noise(NGram):
 def new_scheduler(
     runner: ModelRunner, draft: Callable[[], Drafter] | None = Noise, policy: str = "fcfs", cache: bool = True
 ) -> Scheduler:
-    """A scheduler over the shared runner, with nothing cached."""
+    """A scheduler over the shared runner, with nothing cached, that admits until pages run out."""
     limits = Limits(TINY.context_len, TINY.vocab_size, TINY.eos_token_ids, CHUNK, ROWS, policy, cache, draft is None)
-    return Scheduler(runner, limits, draft=draft)
+    return Scheduler(runner, replace(limits, conservativeness=0), draft=draft)
 
 
 Answer = tuple[list[int], str, list[TokenLogprob]]
@@ -219,7 +219,7 @@ def test_a_planted_mistake_is_seen(runner, monkeypatch):
         check_same(serve(new_scheduler(runner), [[spec]])["r"], want)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_mesh.py has less of the same
 @pytest.mark.timeout(900)
 def test_pallas_kernels_interpreted(runner):
     """The ragged kernel with small blocks checks the drafts: tokens as with XLA's attention."""
