@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from ..kernels.attention import AttentionBatch, Pages, ScaledPages, paged_attention
 from ..kernels.kv_write import kv_writer
@@ -55,7 +56,8 @@ def apply_rope(
 ) -> jax.Array:
     """Turns coordinate pair (i, i + D/2) by `position * inv_freq[i]`, in float32; shape and dtype of x."""
     angle = positions[:, None, None].astype(jnp.float32) * inv_freq
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # a value of its own, or XLA would compute it again for each head of each layer
+    cos, sin = lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -107,7 +107,8 @@ class Buckets:
         scoring: Sequence[Bucket] = (),  # for steps in which a row scores several tokens
     ):
         most = max(max_rows, min_decode_rows)
-        self.decode = [Bucket(rows, rows, 1) for rows in with_midpoints(ladder(min_decode_rows, most, 4), 16)]
+        by_two = sorted({min_decode_rows, *ladder(4, most, 2)})
+        self.decode = [Bucket(rows, rows, 1) for rows in with_midpoints(by_two, 32)]
         sizes = with_midpoints(ladder(64, max(max_tokens, max_rows), 2), 128)
         self.extend = [Bucket(tokens, max_rows, q_block) for tokens in sizes]
         self.scoring = sorted(scoring, key=lambda bucket: bucket.tokens)
