@@ -60,12 +60,13 @@ class Obeying:
         allowed.sort(key={*b" \t\r\n"}.__contains__)
         token = next(token for token in (wish, eos, *BRIEF, *allowed) if token in allowed)
         self.echo.done += 1
+        judged = [TokenLogprob(token, -0.5)] if self.echo.req.logprobs else None  # one for each token, the last one too
         if token == eos:
-            return self.echo.out([token], FinishReason("stop", matched=token))
+            return self.echo.out([token], FinishReason("stop", matched=token), judged)
         self.constraint.accept(token)
         full = self.echo.done == self.echo.req.sampling.max_new_tokens
         done = FinishReason("stop") if self.constraint.complete else FinishReason("length") if full else None
-        return self.echo.out([token], done, [TokenLogprob(token, -0.5)] if self.echo.req.logprobs else None)
+        return self.echo.out([token], done, judged)
 
 
 def scripted(message: GenerateReq, eos: list[int]) -> GenerateReq:
