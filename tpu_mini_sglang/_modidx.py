@@ -1465,6 +1465,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'tpu_mini_sglang/managers/tokenizer_manager.py'),
                                                             'tpu_mini_sglang.managers.tokenizer_manager.Output.add': ( 'tokenizer_manager.html#output.add',
                                                                                                                        'tpu_mini_sglang/managers/tokenizer_manager.py'),
+                                                            'tpu_mini_sglang.managers.tokenizer_manager.Output.prompt_ids': ( 'tokenizer_manager.html#output.prompt_ids',
+                                                                                                                              'tpu_mini_sglang/managers/tokenizer_manager.py'),
                                                             'tpu_mini_sglang.managers.tokenizer_manager.Output.text': ( 'tokenizer_manager.html#output.text',
                                                                                                                         'tpu_mini_sglang/managers/tokenizer_manager.py'),
                                                             'tpu_mini_sglang.managers.tokenizer_manager.RequestError': ( 'tokenizer_manager.html#requesterror',

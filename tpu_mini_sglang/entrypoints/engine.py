@@ -70,8 +70,7 @@ def logprob_info(
     def tops(tokens: list[TokenLogprob]) -> list[list[Row]]:
         return [[logprob_row(tokenizer, *pair, item.texts) for pair in t.top] for t in tokens]
 
-    asked = output.asked.input_ids if output.asked is not None else []
-    first = [logprob_row(tokenizer, asked[0], None, item.texts)] if item.logprob_start_len == 0 else []
+    first = [logprob_row(tokenizer, output.prompt_ids[0], None, item.texts)] if item.logprob_start_len == 0 else []
     info: dict[str, Any] = {"input_token_logprobs": first + rows(output.prompt_logprobs)}
     info |= {"output_token_logprobs": rows(output.logprobs), "output_token_logprobs_length": len(output.logprobs)}
     if item.top_logprobs:

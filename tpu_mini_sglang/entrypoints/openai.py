@@ -403,8 +403,7 @@ def prompt_tokens(
     output: Output,  # of a request for its prompt's log-probabilities
 ) -> list[TokenLogprob]:
     """The prompt's tokens; before the first one there is nothing, so its log-probability is not a number."""
-    asked = output.asked.input_ids if output.asked is not None else []
-    return [TokenLogprob(asked[0], math.nan), *output.prompt_logprobs]
+    return [TokenLogprob(output.prompt_ids[0], math.nan), *output.prompt_logprobs]
 
 # %% ../../nbs/39_openai.ipynb #182bdf84
 def shown_tokens(

@@ -178,9 +178,8 @@ class Output:
     pieces: list[str] = field(default_factory=list)  # text so far, in deltas
     output_ids: list[int] = field(default_factory=list)  # tokens so far
     logprobs: list[TokenLogprob] = field(default_factory=list)  # so far
-    prompt_logprobs: list[TokenLogprob] = field(
-        default_factory=list
-    )  # of the prompt's, from logprob_start_len on but the first
+    # those of the prompt's tokens from logprob_start_len on, but for the first token, which has nothing before it
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     new_text: str = ""  # since the last time
     new_ids: int = 0  # tokens since the last time
     prompt_tokens: int = 0  # length of the prompt
@@ -196,6 +195,11 @@ class Output:
     def text(self) -> str:
         """All text so far."""
         return "".join(self.pieces)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's tokens; none before the request was sent."""
+        return [] if self.asked is None else self.asked.input_ids
 
     def add(
         self,
