@@ -184,9 +184,12 @@ def choose_buckets(
     config: ModelConfig,
     platform: str,  # "cpu", "gpu" or "tpu"
 ) -> Buckets:
-    """Few shapes; on a CPU a bfloat16 step never has a single row, for matrix-vector products crawl there."""
+    """Few shapes; on a CPU a bfloat16 step never has a single row, for matrix-vector products crawl there.
+
+    The smallest extend step holds what the prefix cache leaves of a known prompt: the rest of a page of 16."""
     lone_row = 2 if platform == "cpu" and config.dtype == "bfloat16" else 1
-    return Buckets(args.chunked_prefill_size, args.max_running_requests, lone_row, scoring=scoring_buckets(args))
+    most = args.chunked_prefill_size, args.max_running_requests
+    return Buckets(*most, lone_row, scoring=scoring_buckets(args), least_tokens=16)
 
 # %% ../../nbs/30b_startup.ipynb #d0ef02ba
 MARGIN = 1.25  # how far beyond the calibration's largest number the scale reaches

@@ -105,12 +105,13 @@ class Buckets:
         min_decode_rows: int = 1,  # 2 where one-row matrix products are slow (bfloat16 on a CPU)
         q_block: int = 64,  # query tokens per attention block of an extend step
         scoring: Sequence[Bucket] = (),  # for steps in which a row scores several tokens
+        least_tokens: int = 64,  # of an extend step
     ):
         most = max(max_rows, min_decode_rows)
         by_two = sorted({min_decode_rows, *ladder(4, most, 2)})
         self.decode = [Bucket(rows, rows, 1) for rows in with_midpoints(by_two, 32)]
-        sizes = with_midpoints(ladder(64, max(max_tokens, max_rows), 2), 128)
-        self.extend = [Bucket(tokens, max_rows, q_block) for tokens in sizes]
+        sizes = sorted({least_tokens, *with_midpoints(ladder(64, max(max_tokens, max_rows), 2), 128)})
+        self.extend = [Bucket(tokens, min(tokens, max_rows), min(tokens, q_block)) for tokens in sizes]
         self.scoring = sorted(scoring, key=lambda bucket: bucket.tokens)
 
     def all(self) -> list[Bucket]:
