@@ -188,6 +188,11 @@ def pallas_refusal(
         return f"{dtype} with pages of {kv_dtype} is not compiled for TPUs; use --dtype bfloat16"
     if jnp.dtype(kv_dtype).itemsize == 1 and page_size < UNIT_BYTES and jax_version < (0, 10):
         return f"with this version of jax, pages of {kv_dtype} need 32 tokens; use --page-size 32 or a newer jax"
+    wide = stored_head_dim(head_dim, "pallas") * jnp.dtype(dtype).itemsize > 256
+    if kv_dtype == "float8_e4m3fn" and wide and jax_version < (0, 10):
+        return (
+            f"this version of jax has no vector memory for {kv_dtype} beside {dtype} heads of {head_dim}; use a newer"
+        )
     if page_size < 8:
         return f"pages of {page_size} tokens are smaller than a tile of a TPU's memory; use --page-size 16"
     pool = jax.ShapeDtypeStruct((1, kv_heads, page_size, 2 * stored_head_dim(head_dim, "pallas")), kv_dtype)
