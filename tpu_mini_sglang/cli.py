@@ -529,6 +529,7 @@ def main(
     """The program `tpu-mini-sglang`."""
     ns = make_parser().parse_args(argv)
     forgive_bytes()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # each process would say that PyTorch is missing
     try:
         return ns.run(ns)
     except (ConfigError, CheckpointError) as error:
