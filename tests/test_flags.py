@@ -27,6 +27,7 @@ FLAGS: dict[str, list[Any]] = {
     "max_total_tokens": [256, 320, 2048],
     "tp_size": [1, 1, 2],
     "dp_size": [1, 1, 2],
+    "speculative_algorithm": [None, None, "NGRAM"],
     "skip_server_warmup": [False, True],
 }
 LONG_RUNS: dict[str, list[Any]] = {"attention_backend": ["xla", "xla", "xla", "pallas"]}  # interpreting takes minutes
@@ -79,10 +80,11 @@ class Combinations:
         """As a server builds it; off a TPU it would refuse Pallas, which is interpreted here."""
         from tpu_mini_sglang.managers import startup
         from tpu_mini_sglang.server_args import ServerArgs
+        from tpu_mini_sglang.speculative.ngram import drafter
 
         startup.choose_backend = lambda wanted, platform: "pallas" if wanted == "pallas" else "xla"
         args = ServerArgs(model_path=str(self.folder), compilation_cache_dir=str(self.folder / "xla"), **flags)
-        return startup.build_scheduler(args, lambda line: None)
+        return startup.build_scheduler(args, lambda line: None, draft=drafter(args))
 
     def alone(self, numbers: dict[str, Any]) -> dict[str, Any]:
         """What each request gets from the plainest server when nobody else is there."""
