@@ -110,7 +110,8 @@ class Buckets:
         most = max(max_rows, min_decode_rows)
         by_two = sorted({min_decode_rows, *ladder(4, most, 2)})
         self.decode = [Bucket(rows, rows, 1) for rows in with_midpoints(by_two, 32)]
-        sizes = sorted({least_tokens, *with_midpoints(ladder(64, max(max_tokens, max_rows), 2), 128)})
+        sizes = with_midpoints(ladder(64, max(max_tokens, max_rows), 2), 128)
+        sizes = sorted({min(least_tokens, sizes[0]), *sizes})
         self.extend = [Bucket(tokens, min(tokens, max_rows), min(tokens, q_block)) for tokens in sizes]
         self.scoring = sorted(scoring, key=lambda bucket: bucket.tokens)
 
