@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Pages', 'State', 'DecodeKernel', 'PrefillKernel', 'CHUNK', 'Rows', 'ROW_GROUP', 'dense_attention', 'AttentionBatch',
            'pool_dtype', 'held_dtype', 'to_pages', 'from_pages', 'write_kv', 'ScaledPages', 'attend_chunk',
-           'init_state', 'finish', 'gather_pages', 'chunk_pages', 'walk_pages', 'decode_rows', 'walk_together',
-           'shared_chunks', 'walk_shared', 'decode_attention', 'prefill_attention', 'paged_attention']
+           'init_state', 'finish', 'gather_pages', 'chunk_pages', 'walk_pages', 'decode_rows', 'rows_out',
+           'walk_together', 'shared_chunks', 'walk_shared', 'decode_attention', 'prefill_attention', 'paged_attention']
 
 # %% ../../nbs/10_kernels.ipynb #ad0b93db
 """Attention over a paged KV cache: the batch description, the cache write, the dense oracle and the XLA version."""
@@ -172,23 +172,22 @@ def attend_chunk(
     state: State,  # what the queries have seen so far
     q: jax.Array,  # [..., N, D] scaled queries
     k: jax.Array,  # [..., L, D] keys of one chunk
-    v: jax.Array,  # [..., L, D] values of one chunk
+    v: jax.Array,  # [..., L, D] values of one chunk, no NaN among them
     seen: jax.Array,  # broadcastable to [..., N, L] bool, which query sees which key
-    live: jax.Array,  # broadcastable to [..., L] bool, slots that hold a token
     softcap: float | None,  # scores are squashed to (-softcap, softcap)
 ) -> State:
-    """One step of the running softmax; dead slots may hold NaN and change nothing."""
+    """One step of the running softmax; what no query sees changes nothing."""
     old_max, old_sum, old_out = state
     scores = jnp.einsum("...nd,...ld->...nl", q, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(seen, scores, -jnp.inf)
+    # a value of its own, or XLA masks once for the maximum and again for the weights
+    scores = lax.optimization_barrier(jnp.where(seen, scores, -jnp.inf))
     new_max = jnp.maximum(old_max, scores.max(-1))
     # a query that has seen nothing yet has max -inf, and -inf - -inf is NaN
     shift = jnp.where(new_max == -jnp.inf, 0.0, new_max)
     weights = jnp.exp(scores - shift[..., None])
     decay = jnp.exp(old_max - shift)
-    v = jnp.where(live[..., None], v, 0)  # 0 * NaN is NaN, so a zero weight is not enough
     update = jnp.einsum("...nl,...ld->...nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return new_max, decay * old_sum + weights.sum(-1), decay[..., None] * old_out + update
 
@@ -210,15 +209,15 @@ def finish(
 # %% ../../nbs/10_kernels.ipynb #1c8f3d3b
 DecodeKernel = Callable[..., jax.Array]  # (q [B, Q, D], kv_pages, page_table, kv_lens, *, scale, window, softcap)
 PrefillKernel = Callable[..., jax.Array]  # (q [T, Q, D], kv_pages, batch, *, scale, window, softcap)
-CHUNK = 64  # KV tokens a loop step looks at
+CHUNK = 128  # KV tokens a loop step looks at
 
 
 def gather_pages(
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool
     pages: jax.Array,  # [..., n] page ids
     dtype: DTypeLike,  # of the queries, and of what is returned
-) -> tuple[jax.Array, jax.Array]:
-    """K and V of some pages, each [..., K, n*S, D]: heads move in front of tokens as part of the gather."""
+) -> jax.Array:
+    """Keys and values of some pages side by side, [..., K, n*S, 2*D]: heads come before tokens by the gather itself."""
     _, heads, size, width = kv_pages.shape
     lead = pages.ndim - 1
     dims = lax.GatherDimensionNumbers(
@@ -227,8 +226,7 @@ def gather_pages(
     kv = lax.gather(
         kv_pages, pages[..., None], dims, (1, heads, size, width), mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS
     )
-    kv = from_pages(kv, dtype).astype(dtype).reshape(*pages.shape[:-1], heads, pages.shape[-1] * size, width)
-    return kv[..., : width // 2], kv[..., width // 2 :]
+    return from_pages(kv, dtype).astype(dtype).reshape(*pages.shape[:-1], heads, pages.shape[-1] * size, width)
 
 # %% ../../nbs/10_kernels.ipynb #b3f06d11
 def chunk_pages(
@@ -243,7 +241,7 @@ def chunk_pages(
 
 def walk_pages(
     state: State,  # of the queries, before the first chunk
-    q: jax.Array,  # [..., K, N, D] scaled queries
+    q: jax.Array,  # [..., K, N, D] scaled queries, or [..., K, N, 2*D] with zeros against the values
     kv_pages: jax.Array,  # [P, K, S, 2*D] one layer's pool
     page_table: jax.Array,  # [..., M] page ids
     lens: jax.Array,  # [..., N] tokens up to which each query sees, 0 for none
@@ -257,13 +255,15 @@ def walk_pages(
     tokens = step * kv_pages.shape[2]
 
     def body(i: jax.Array, state: State) -> State:
-        k, v = gather_pages(kv_pages, lax.dynamic_slice_in_dim(table, i * step, step, axis=-1), q.dtype)
+        kv = gather_pages(kv_pages, lax.dynamic_slice_in_dim(table, i * step, step, axis=-1), q.dtype)
         positions = i * tokens + jnp.arange(tokens)
         seen = positions < lens[..., None]
         if window is not None:
             seen &= positions >= lens[..., None] - window
         live = positions < lens.max(-1)[..., None]
-        return attend_chunk(state, q, k, v, seen[..., None, :, :], live[..., None, :], softcap)
+        kv = jnp.where(live[..., None, :, None], kv, 0)  # 0 * NaN is NaN, so a zero weight is not enough
+        k, v = (kv, kv) if q.shape[-1] == kv.shape[-1] else jnp.split(kv, 2, axis=-1)
+        return attend_chunk(state, q, k, v, seen[..., None, :, :], softcap)
 
     return lax.fori_loop(*chunks, body, state)
 
@@ -279,8 +279,9 @@ def decode_rows(
     scale: float,  # multiplies the scores
     window: int | None,  # keys further back than this are not seen
 ) -> Rows:
-    """Decode rows as walk_pages has them: G queries a KV head that see all of their row."""
+    """Decode rows as walk_pages has them: G queries a KV head, zeros beside them, that see all of their row."""
     queries = (q * scale).astype(q.dtype).reshape(len(q), kv_pages.shape[1], -1, q.shape[-1])
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, kv_pages.shape[-1] - q.shape[-1])))
     tokens = chunk_pages(kv_pages, page_table)[0] * kv_pages.shape[2]
     begin: jax.Array | int = 0
     if window is not None:
@@ -288,6 +289,14 @@ def decode_rows(
         begin = jnp.maximum(shortest - window, 0) // tokens
     lens = jnp.broadcast_to(kv_lens[:, None], (len(q), queries.shape[2]))
     return queries, lens, (begin, -(-jnp.max(kv_lens) // tokens))
+
+
+def rows_out(
+    state: State,  # of decode_rows' queries after the last chunk
+    q: jax.Array,  # [B, Q, D] the queries they were
+) -> jax.Array:
+    """The attention output, shape and dtype of q: the half that came of the values."""
+    return finish(state)[..., q.shape[-1] :].reshape(q.shape).astype(q.dtype)
 
 
 def walk_together(
@@ -304,7 +313,7 @@ def walk_together(
     queries, lens, chunks = decode_rows(q, kv_pages, page_table, kv_lens, scale, window)
     rule: Any = {"window": window, "softcap": softcap}
     state = walk_pages(init_state(queries.shape), queries, kv_pages, page_table, lens, chunks, **rule)
-    return finish(state).reshape(q.shape).astype(q.dtype)
+    return rows_out(state, q)
 
 # %% ../../nbs/10_kernels.ipynb #b3f06d14
 def shared_chunks(
@@ -338,7 +347,7 @@ def walk_shared(
     state = walk_pages(init_state(one.shape), one, kv_pages, table, lens.reshape(-1), (begin, split), **rule)
     own = jax.tree.map(lambda x: x.reshape(heads, rows, group, *x.shape[2:]).swapaxes(0, 1), state)
     state = walk_pages(own, queries, kv_pages, page_table, lens, (split, end), **rule)
-    return finish(state).reshape(q.shape).astype(q.dtype)
+    return rows_out(state, q)
 
 # %% ../../nbs/10_kernels.ipynb #17c42d7d
 ROW_GROUP = 16  # decode rows that walk together

@@ -52,29 +52,29 @@ class RMSNorm(nnx.Module):
 # %% ../../nbs/11_layers.ipynb #afdc6283
 def matmul(
     x: jax.Array,  # [..., in] activations
-    kernel: jax.Array,  # [in, out] weights of the same dtype
+    kernel: jax.Array,  # [out, in] weights of the same dtype
 ) -> jax.Array:
-    """`x @ kernel` summed and returned in float32."""
+    """`x @ kernel.T` summed and returned in float32."""
     # without the explicit float32 result jax 0.10's CPU backend falls into a bfloat16 loop several times slower
-    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
     return lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
 
 # %% ../../nbs/11_layers.ipynb #b98c4099
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, summed in float32, returned in the dtype of x."""
+    """`x @ kernel.T + bias`, summed in float32, returned in the dtype of x."""
 
     def __init__(
         self,
         in_features: int,  # size of the last axis of the input
         out_features: int,  # size of the last axis of the output
         *,
-        axes: tuple[str, str],  # logical names of the kernel's axes
+        axes: tuple[str, str],  # logical names of inputs and outputs
         bias: bool = False,  # whether a bias is added
         int8: bool = False,  # eight bits a weight and a scale for each output; the loader fills them (chapter 13)
         rngs: nnx.Rngs,  # random keys
         dtype: jax.typing.DTypeLike,  # parameter dtype
     ) -> None:
-        self.kernel = new_param(rngs, (in_features, out_features), axes, jnp.int8 if int8 else dtype)
+        self.kernel = new_param(rngs, (out_features, in_features), axes[::-1], jnp.int8 if int8 else dtype)
         self.kernel_scale = new_param(rngs, (out_features,), axes[1:], jnp.float32) if int8 else None
         self.bias = new_param(rngs, (out_features,), axes[1:], dtype) if bias else None
 
@@ -82,7 +82,7 @@ class Linear(nnx.Module):
         self,
         x: jax.Array,  # [..., in] activations
     ) -> jax.Array:
-        """`x @ kernel`, [..., out] float32."""
+        """`x @ kernel.T`, [..., out] float32."""
         kernel = self.kernel[...]
         if self.kernel_scale is None:
             return matmul(x, kernel)

@@ -186,10 +186,13 @@ def choose_buckets(
 ) -> Buckets:
     """Few shapes; on a CPU a bfloat16 step never has a single row, for matrix-vector products crawl there.
 
+    Nor does a CPU mind blocks of queries larger than a TPU's vector memory would hold.
+
     The smallest extend step holds what the prefix cache leaves of a known prompt: the rest of a page of 16."""
     lone_row = 2 if platform == "cpu" and config.dtype == "bfloat16" else 1
+    q_block = 128 if platform == "cpu" else 64
     most = args.chunked_prefill_size, args.max_running_requests
-    return Buckets(*most, lone_row, scoring=scoring_buckets(args), least_tokens=16)
+    return Buckets(*most, lone_row, q_block, scoring=scoring_buckets(args), least_tokens=16)
 
 # %% ../../nbs/30b_startup.ipynb #d0ef02ba
 MARGIN = 1.25  # how far beyond the calibration's largest number the scale reaches

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ..layers.quantization import column_scales, quantize
+from ..layers.quantization import output_scales, quantize
 from ..model_config import CheckpointError, ModelConfig
 from .decoder import DecoderLM, abstract_model
 from .hub import Checkpoint
@@ -70,16 +70,15 @@ class Slot:
     name: str  # in the checkpoint; {} stands for the number of an expert
     shape: tuple[int, ...]  # in the model
     axes: tuple[str, ...]  # logical name of each axis
-    copies: int = 1  # times each block of the last axis is repeated
+    copies: int = 1  # times each block of the first axis is repeated
     block: int = 1  # numbers in a block: the head size
     padding: int = 0  # rows of the vocabulary that the checkpoint does not have
     int8: bool = False  # whether the model holds it in eight bits, with a scale for each output
 
     @property
     def transposed(self) -> bool:
-        """Whether the checkpoint stores it [out, in] and the model has it the other way round."""
-        as_stored = self.stacked and self.path[-2] in ("gate_proj", "up_proj")
-        return self.path[-1] == "kernel" and not as_stored
+        """Whether the checkpoint stores it the other way round: the last map of an expert."""
+        return self.stacked and self.path[-2] == "down_proj"
 
     @property
     def stacked(self) -> bool:
@@ -95,8 +94,8 @@ class Slot:
     def stored_shape(self) -> tuple[int, ...]:
         """The shape that the checkpoint must have, of each expert."""
         sizes = [n - self.padding * (a == "vocab") for n, a in zip(self.shape, self.axes, strict=True)]
-        *others, last = sizes[self.stacked :]
-        shape = (*others, last // self.copies)
+        first, *others = sizes[self.stacked :]
+        shape = (first // self.copies, *others)
         return shape[::-1] if self.transposed else shape
 
 # %% ../../nbs/13_weights.ipynb #2831d623
@@ -108,7 +107,7 @@ def model_slots(
     copies, other = {"kv_heads": config.kv_copies}, (config.head_dim, config.vocab_padding)
 
     def slot(path: tuple[Any, ...], p: Any) -> Slot:
-        repeated = copies.get(p.axes[-1], 1)
+        repeated = copies.get(p.axes[0], 1)
         name = checkpoint_name(path, config.architecture)
         return Slot(path, name, tuple(p.shape), p.axes, repeated, *other, p.dtype == np.int8)
 
@@ -135,15 +134,15 @@ def check_checkpoint(
 
 # %% ../../nbs/13_weights.ipynb #a93978d5
 def repeat_blocks(
-    x: np.ndarray,  # [..., N * block]
+    x: np.ndarray,  # [N * block, ...]
     copies: int,  # 1: x itself, not copied
     block: int,  # numbers that stay together
 ) -> np.ndarray:
-    """Each block of the last axis repeated in place, [..., N * copies * block]."""
+    """Each block of the first axis repeated in place, [N * copies * block, ...]."""
     if copies == 1:
         return x
-    blocks = x.reshape(*x.shape[:-1], -1, block)
-    return np.repeat(blocks, copies, axis=-2).reshape(*x.shape[:-1], -1)
+    blocks = x.reshape(-1, block, *x.shape[1:])
+    return np.repeat(blocks, copies, axis=0).reshape(-1, *x.shape[1:])
 
 # %% ../../nbs/13_weights.ipynb #652183b8
 def read_tensor(
@@ -207,12 +206,12 @@ def load_eight_bits(
 ) -> tuple[jax.Array, jax.Array]:
     """A kernel in int8, and the scale of each output, float32."""
     tensor = lru_cache(1)(partial(read_tensor, slot, checkpoint))
-    scales = [column_scales(tensor(e) if slot.transposed else tensor(e).T) for e in range(len(slot.names))]
+    scales = [output_scales(tensor(e).T if slot.transposed else tensor(e)) for e in range(len(slot.names))]
 
-    def one(e: int, part: Any) -> np.ndarray:  # scales belong to columns
+    def one(e: int, part: Any) -> np.ndarray:  # scales belong to rows
         if slot.transposed:
-            return quantize(tensor(e)[part], scales[e][part[1]])
-        return quantize(tensor(e)[part].T, scales[e][part[0]]).T
+            return quantize(tensor(e)[part].T, scales[e][part[1]]).T
+        return quantize(tensor(e)[part], scales[e][part[0]])
 
     kernel = put(lambda index: by_expert(slot, index, one), slot.shape, slot.axes, mesh, np.int8)
     every, outputs = np.stack(scales) if slot.stacked else scales[0], slot.axes[-1 if slot.transposed else -2]
