@@ -191,11 +191,10 @@ class Compiles:
         self.heard.extend([event] * ("backend_compile" in event))
 
 
-@pytest.mark.parametrize(
-    "count", [300, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["300", "2000"]
-)
-def test_nothing_compiles_after_warmup(count):
-    """Eight shapes and their samplers."""
+@pytest.mark.timeout(1800)
+def test_nothing_compiles_after_warmup(request):
+    """Eight shapes and their samplers; 2,000 requests with --slow."""
+    count = 2000 if request.config.getoption("--slow") else 300
     mixed_traffic(new_runner(make_mesh(), pages=300, chunk=256, rows=16), count)
 
 
